@@ -1,0 +1,44 @@
+"""Arithmetic of packed key-value pages: plain functions on tensors, no Transformers.
+
+Every kernel is defined by the function of its name in ``_reference``. This folder imports itself only
+relatively, so a copy of it under another name works.
+"""
+
+from ._backend import backend_name
+from ._reference import pack, unpack
+from .codec import load_key_pages, load_value_pages, store_key_pages, store_value_pages
+from .decode import decode_attention
+from .layout import (
+    KeyCodec,
+    KeyPages,
+    PlainTokens,
+    ValueCodec,
+    ValuePages,
+    key_token_bytes,
+    packed_size,
+    value_token_bytes,
+)
+from .score import key_logits, page_scores
+from .top_p import top_p_threshold
+
+__all__ = [
+    "KeyCodec",
+    "KeyPages",
+    "PlainTokens",
+    "ValueCodec",
+    "ValuePages",
+    "backend_name",
+    "decode_attention",
+    "key_logits",
+    "key_token_bytes",
+    "load_key_pages",
+    "load_value_pages",
+    "pack",
+    "packed_size",
+    "page_scores",
+    "store_key_pages",
+    "store_value_pages",
+    "top_p_threshold",
+    "unpack",
+    "value_token_bytes",
+]

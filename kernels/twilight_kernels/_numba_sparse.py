@@ -1,0 +1,117 @@
+"""Rows that are pruned, on CPUs: what each query head keeps, and attention to the union over its KV head."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import carray, literally
+
+from ._numba_attend import BLOCK_TOKENS, attend_packed
+from ._numba_block import (
+    CHUNKS,
+    FLAGS,
+    KEY_DIM,
+    MIN_KEEP,
+    STATS,
+    TOKENS,
+    P,
+    float_field,
+    logits_of,
+    page_of,
+    partial_of,
+    scored_pages,
+    stats_of,
+)
+from ._numba_ir import LANES
+from ._numba_numbers import LOWEST, fast, fast_exp, inlined, u8_at
+from ._numba_prune import find_threshold, mass_of
+from ._numba_rows import flag_at_least, flagged_positions
+
+
+@fast
+def prune(page_size, q_per_kv, value_dim, block, head, near, totals):
+    """Flag, for each query head, the fewest packed tokens that with the plain ones carry ``p`` of the mass.
+
+    ``totals [q_per_kv, 3]`` receives the largest logit, the whole mass relative to it, the largest packed
+    logit.
+    """
+    count = scored_pages(block, head, page_size) * page_size
+    logits = logits_of(block, head, q_per_kv)
+    flags = _flags_of(block, head)
+    flags[:count] = 0
+    p, min_keep = np.float32(float_field(block, P)), min(block[MIN_KEEP], count)
+    plain = partial_of(block, head, 0, q_per_kv, value_dim)
+    for g in range(q_per_kv):
+        top = LOWEST
+        for chunk in range(1, block[CHUNKS]):
+            top = max(top, partial_of(block, head, chunk, q_per_kv, value_dim)[g, value_dim])
+        peak = max(top, plain[g, value_dim])
+        mass = mass_of(logits[g], count, peak)
+        forced = plain[g, value_dim + 1] * fast_exp(plain[g, value_dim] - peak)
+        need = p * (mass + forced) - forced
+        own = np.int64(0)
+        if count > 0 and (need > 0 or min_keep > 0):
+            limit = find_threshold(logits[g], count, top, peak, mass, need, min_keep, near)
+            own = flag_at_least(logits[g].ctypes.data, count // LANES, limit, flags.ctypes.data)
+        if block[STATS] != 0:
+            stats_of(block, q_per_kv)[head * q_per_kv + g, 0] += count
+            stats_of(block, q_per_kv)[head * q_per_kv + g, 1] += own
+        totals[g, 0], totals[g, 1], totals[g, 2] = peak, mass + forced, top
+
+
+@fast
+def attend_kept(
+    value_kind, page_size, q_per_kv, value_dim, group_size, block, head, scratch, rows, positions, totals
+):
+    """Attend every query head of the KV head to the union of what they keep, into partial 1."""
+    literally(value_kind)
+    literally(q_per_kv)
+    literally(value_dim)
+    literally(group_size)
+    tiles = scored_pages(block, head, page_size) * page_size // LANES
+    kept = flagged_positions(_flags_of(block, head).ctypes.data, tiles, positions.ctypes.data)
+    logits = logits_of(block, head, q_per_kv)
+    partial = partial_of(block, head, 1, q_per_kv, value_dim)
+    partial[:, :] = 0
+    for g in range(q_per_kv):
+        # may be above all kept tokens, if this head needs none: then the plain tokens outweigh it
+        partial[g, value_dim] = totals[g, 2] if kept > 0 else LOWEST
+    start = np.int64(0)
+    for first in range(0, kept, BLOCK_TOKENS):
+        count = min(BLOCK_TOKENS, kept - first)
+        index = np.int64(-1)  # of the page that holds the token; the tokens ascend
+        for i in range(count):
+            token = np.int64(positions[first + i])
+            if token // page_size != index:
+                index = token // page_size
+                start = (page_of(block, head, index, page_size) - index) * page_size
+            rows[i] = start + token
+        attend_packed(
+            value_kind, q_per_kv, value_dim, group_size, block, rows, count, logits.ctypes.data,
+            block[TOKENS], positions.ctypes.data + 4 * first, partial, scratch, block[KEY_DIM],
+        )  # fmt: skip
+    if block[STATS] != 0:
+        stats = stats_of(block, q_per_kv)
+        plain = partial_of(block, head, 0, q_per_kv, value_dim)
+        for g in range(q_per_kv):
+            attended = plain[g, value_dim + 1] * fast_exp(plain[g, value_dim] - totals[g, 0])
+            attended += partial[g, value_dim + 1] * fast_exp(partial[g, value_dim] - totals[g, 0])
+            stats[head * q_per_kv + g, 2] += kept
+            stats[head * q_per_kv + g, 3] += attended / totals[g, 1]
+
+
+@fast
+def count_dense(page_size, q_per_kv, block, head):
+    """Count for a row that was not pruned."""
+    if block[STATS] == 0:
+        return
+    stats = stats_of(block, q_per_kv)
+    scored = scored_pages(block, head, page_size) * page_size
+    for g in range(q_per_kv):
+        for column in range(3):
+            stats[head * q_per_kv + g, column] += scored
+        stats[head * q_per_kv + g, 3] += 1
+
+
+@inlined
+def _flags_of(block, head):
+    return carray(u8_at(block[FLAGS] + head * block[TOKENS]), (block[TOKENS],))

@@ -1,0 +1,136 @@
+"""Decode attention over packed pages: select, prune, attend (definition in ``_reference``)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._backend import kernels
+from .layout import RAW_BITS, KeyPages, PlainTokens, ValuePages
+from .score import check_tables
+
+
+def decode_attention(
+    query: Tensor,
+    key_pages: KeyPages,
+    value_pages: ValuePages,
+    plain: PlainTokens,
+    *,
+    block_table: Tensor,
+    num_pages: Tensor,
+    plain_len: Tensor,
+    scaling: float,
+    new_key: Tensor | None = None,
+    new_value: Tensor | None = None,
+    p: float = 1.0,
+    min_keep: int = 0,
+    min_sparse_len: int = 0,
+    candidates: Tensor | None = None,
+    stats: Tensor | None = None,
+) -> Tensor:
+    """Attend one query token a row to its plain tokens and to the packed tokens that carry the mass.
+
+    The key pages are scored once; each query head keeps the fewest packed tokens that, with the plain tokens,
+    carry ``p`` of the attention mass; the heads on one KV head attend to the union, renormalised over it.
+
+    Args:
+        query: ``[B, H, D]`` model dtype.
+        key_pages, value_pages: the layer's pages.
+        plain: sinks and window; with ``new_key`` given, column ``plain_len - 1`` of each row is written
+            first.
+        block_table: ``[B, P]`` int32, logical page to slot.
+        num_pages: ``[B]`` int32, pages of each row.
+        plain_len: ``[B]`` int32, valid columns of ``plain`` (new token included), at least 1.
+        scaling: factor of the logits.
+        new_key, new_value: ``[B, K, Dk]``, ``[B, K, Dv]`` model dtype, the step's token; both or neither.
+        p: mass to keep, in ``(0, 1]``; 1.0 attends to every candidate.
+        min_keep: packed tokens each head keeps at least.
+        min_sparse_len: rows with fewer packed tokens than this keep them all.
+        candidates: ``[B, K, N]`` int32 logical pages to score, -1 padded, ascending; None scores every page.
+            Rows below ``min_sparse_len`` ignore it.
+        stats: ``[B, H, 4]`` float64, added to: packed tokens scored; packed tokens the head itself needs;
+            packed tokens attended, the union over the query heads of its KV head; share of the scored mass
+            attended.
+    Returns:
+        ``[B, H, Dv]`` in the query's dtype.
+    Raises:
+        ValueError: shapes or dtypes that disagree, or a number outside its range. Page numbers and lengths
+            are not looked at: on a GPU that would wait for the device.
+    Source: Twilight, arXiv 2502.02770, section 4. Reference: ``_reference.decode_attention``.
+    """
+    if not 0.0 < p <= 1.0:
+        raise ValueError(f"p must be in (0, 1], got {p}; pass p=1.0 to keep everything")
+    if min_keep < 0:
+        raise ValueError(f"min_keep must be 0 or more, got {min_keep}")
+    _check_pages(query, key_pages, value_pages, plain)
+    check_tables(query.shape[0], block_table, num_pages)
+    if plain_len.shape != num_pages.shape or plain_len.dtype != torch.int32:
+        raise ValueError(
+            f"plain_len must be {list(num_pages.shape)} int32, got {list(plain_len.shape)} {plain_len.dtype}"
+        )
+    if new_key is not None or new_value is not None:
+        _check_new(new_key, new_value, plain)
+    if candidates is not None or stats is not None:
+        _check_optional(query.shape, plain, candidates, stats)
+    out: Tensor = kernels("decode", query, query.dtype).decode_attention(
+        query, key_pages, value_pages, plain, block_table=block_table, num_pages=num_pages,
+        plain_len=plain_len, scaling=scaling, new_key=new_key, new_value=new_value, p=p, min_keep=min_keep,
+        min_sparse_len=min_sparse_len, candidates=candidates, stats=stats,
+    )  # fmt: skip
+    return out
+
+
+def _check_pages(query: Tensor, key_pages: KeyPages, value_pages: ValuePages, plain: PlainTokens) -> None:
+    shape, dtype = query.shape, query.dtype
+    rows, kv_heads, key_dim, value_dim = plain.form
+    is_fitting = len(shape) == 3 and shape[0] == rows and shape[1] % kv_heads == 0 and shape[2] == key_dim
+    if not is_fitting or dtype != plain.keys.dtype:
+        raise ValueError(
+            f"query must be [{rows}, H, {key_dim}] of {plain.keys.dtype} like the plain tokens, H a multiple "
+            f"of {kv_heads} KV heads, got {list(shape)} {dtype}"
+        )
+    form = key_pages.form
+    if form[1] != kv_heads or form[2] != key_dim:
+        raise ValueError(
+            f"key pages must have K, D = {[kv_heads, key_dim]} like the plain keys, got {list(form[1:3])}"
+        )
+    if value_pages.form != (form[0], kv_heads, value_dim, form[3]):
+        raise ValueError(
+            f"value pages must have P, K, D, page_size = {[form[0], kv_heads, value_dim, form[3]]} like the "
+            f"key pages and plain values, got {list(value_pages.form)}"
+        )
+    for name, pages in (("key", key_pages), ("value", value_pages)):
+        if pages.codec.bits == RAW_BITS and pages.codes.dtype != dtype:
+            raise ValueError(
+                f"raw {name} pages must be of the query's dtype, {dtype}, got {pages.codes.dtype}"
+            )
+
+
+def _check_new(new_key: Tensor | None, new_value: Tensor | None, plain: PlainTokens) -> None:
+    if new_key is None or new_value is None:
+        raise ValueError("new_key and new_value must be given together, got only one; pass both or neither")
+    rows, kv_heads, key_dim, value_dim = plain.form
+    for name, x, dim in (("new_key", new_key, key_dim), ("new_value", new_value, value_dim)):
+        if x.shape != (rows, kv_heads, dim) or x.dtype != plain.keys.dtype:
+            raise ValueError(
+                f"{name} must be {[rows, kv_heads, dim]} of {plain.keys.dtype}, got {list(x.shape)} {x.dtype}"
+            )
+
+
+def _check_optional(
+    query: torch.Size, plain: PlainTokens, candidates: Tensor | None, stats: Tensor | None
+) -> None:
+    rows, kv_heads, _, _ = plain.form
+    if candidates is not None and (
+        candidates.dim() != 3 or candidates.shape[:2] != (rows, kv_heads) or candidates.dtype != torch.int32
+    ):
+        raise ValueError(
+            f"candidates must be [{rows}, {kv_heads}, N] int32, got {list(candidates.shape)} "
+            f"{candidates.dtype}"
+        )
+    if stats is not None and (
+        stats.shape != (rows, query[1], 4) or stats.dtype != torch.float64 or not stats.is_contiguous()
+    ):
+        raise ValueError(
+            f"stats must be contiguous [{rows}, {query[1]}, 4] float64, got {list(stats.shape)} {stats.dtype}"
+        )
