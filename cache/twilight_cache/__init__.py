@@ -1,0 +1,25 @@
+"""Memory of packed key-value pages: pools, block tables, layer stores, selectors. Knows no Transformers."""
+
+from .accounting import LayerBytes
+from .layer_store import DecodePolicy, LayerStore
+from .pool import PagePool
+from .selectors import SELECTORS, Full, Quest, Selector, Streaming
+from .sequences import DRAFT_SLACK, Crop, Flush, Layout, SequenceBatch, Step
+
+__all__ = [
+    "DRAFT_SLACK",
+    "SELECTORS",
+    "Crop",
+    "DecodePolicy",
+    "Flush",
+    "Full",
+    "LayerBytes",
+    "LayerStore",
+    "Layout",
+    "PagePool",
+    "Quest",
+    "Selector",
+    "SequenceBatch",
+    "Step",
+    "Streaming",
+]

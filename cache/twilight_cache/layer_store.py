@@ -1,0 +1,323 @@
+"""One layer's keys and values: packed pages, sinks and window, and what a forward does to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from twilight_kernels import (
+    KeyCodec,
+    KeyPages,
+    PlainTokens,
+    ValueCodec,
+    ValuePages,
+    decode_attention,
+    key_token_bytes,
+    load_key_pages,
+    load_value_pages,
+    store_key_pages,
+    store_value_pages,
+    value_token_bytes,
+)
+
+from .accounting import LayerBytes
+from .selectors import Full, Selector
+from .sequences import Crop, Flush, SequenceBatch, Step
+
+
+@dataclass(frozen=True)
+class DecodePolicy:
+    """How a decode step attends.
+
+    Args:
+        p: share of the attention mass that each query head keeps, in ``(0, 1]``.
+        min_keep: packed tokens each head keeps at least.
+        min_sparse_len: packed tokens below which a row attends to all of them.
+        selector: which pages are scored.
+    """
+
+    p: float = 1.0
+    min_keep: int = 0
+    min_sparse_len: int = 0
+    selector: Selector = field(default_factory=Full)
+
+
+class LayerStore:
+    """The tensors of one layer; lengths and block tables are the batch's.
+
+    Args:
+        sequences: rows shared by all layers of the cache.
+        key_codec, value_codec: how pages are packed, of equal ``page_size``.
+        policy: how decode attends.
+    """
+
+    def __init__(
+        self, sequences: SequenceBatch, key_codec: KeyCodec, value_codec: ValueCodec, policy: DecodePolicy
+    ) -> None:
+        self.sequences = sequences
+        self.policy = policy
+        self.key_codec, self.value_codec = key_codec, value_codec
+        self.keys: KeyPages | None = None
+        self.values: ValuePages | None = None
+        self.plain: PlainTokens | None = None
+        self.tokens = 0  # logical tokens that this layer took; others may be a step ahead
+        self.stats: Tensor | None = None  # [B, H, 4] float64, see decode_attention
+        self.num_decodes = 0
+
+    def append(self, step: Step, keys: Tensor, values: Tensor) -> None:
+        """Take the tokens of ``step``: ``keys [B, K, T, Dk]``, ``values [B, K, T, Dv]``, any strides."""
+        plain = self._prepare(step, keys, values)
+        self.tokens = step.start + step.count
+        flushes = {flush.row: flush for flush in step.flushes}
+        for row in range(keys.shape[0]):
+            first, before = int(step.first_new[row]), int(step.plain[row])
+            if first == step.count:
+                continue
+            row_keys, row_values = keys[row, :, first:], values[row, :, first:]  # [K, T, D]
+            if before:
+                old_keys = plain.keys[row, :, :, :before].transpose(-1, -2)
+                row_keys = torch.cat([old_keys, row_keys], 1)
+                row_values = torch.cat([plain.values[row, :, :before], row_values], 1)
+            self._settle_row(row, row_keys, row_values, flushes.get(row))
+
+    def decode(self, step: Step, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+        """Take one token a row and attend to everything: ``query [B, H, D]`` to ``[B, H, Dv]``.
+
+        ``keys [B, K, 1, Dk]`` and ``values [B, K, 1, Dv]`` are the step's; no row may be padding at this step.
+        """
+        self._prepare(step, keys, values)
+        self.tokens = step.start + step.count
+        out = self.attend(query, scaling, step, keys[:, :, 0], values[:, :, 0])
+        if step.flushes:
+            self.flush(step.flushes)
+        return out
+
+    def attend(
+        self, query: Tensor, scaling: float, step: Step, new_key: Tensor | None, new_value: Tensor | None
+    ) -> Tensor:
+        """Attend to the sequences as ``step`` left them, before its own pages were packed."""
+        assert self.keys is not None and self.values is not None and self.plain is not None
+        if self.stats is None or self.stats.shape[:2] != query.shape[:2]:
+            self.stats = torch.zeros(*query.shape[:2], 4, dtype=torch.float64, device=query.device)
+            self.num_decodes = 0
+        tables = step.block_table, step.num_pages, step.plain_len
+        if query.device.type != "cpu":
+            tables = tuple(t.to(query.device) for t in tables)  # type: ignore[assignment]
+        block_table, num_pages, plain_len = tables
+        policy = self.policy
+        candidates = None
+        if policy.p < 1.0 and step.most_pages * self.key_codec.page_size >= policy.min_sparse_len:
+            candidates = policy.selector.select(query, self.keys, block_table, num_pages, scaling)
+        self.num_decodes += 1
+        return decode_attention(
+            query,
+            self.keys,
+            self.values,
+            self.plain,
+            block_table=block_table,
+            num_pages=num_pages,
+            plain_len=plain_len,
+            scaling=scaling,
+            new_key=new_key,
+            new_value=new_value,
+            p=policy.p,
+            min_keep=policy.min_keep,
+            min_sparse_len=policy.min_sparse_len,
+            candidates=candidates,
+            stats=self.stats,
+        )
+
+    def flush(self, flushes: Sequence[Flush]) -> None:
+        """Pack pages out of the windows, which must hold them already."""
+        if not flushes:
+            return
+        plain, size, sinks = self.plain, self.key_codec.page_size, self.sequences.layout.num_sinks
+        assert plain is not None
+        self._grow_pages()
+        for flush in flushes:
+            end = sinks + len(flush.page_ids) * size
+            keys = plain.keys[flush.row, :, :, sinks:end].transpose(-1, -2)
+            self._store(flush.page_ids, keys, plain.values[flush.row, :, sinks:end])
+            plain.keys[flush.row, :, :, sinks : sinks - end] = plain.keys[flush.row, :, :, end:].clone()
+            plain.values[flush.row, :, sinks : sinks - end] = plain.values[flush.row, :, end:].clone()
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Dequantize everything: ``[B, K, S, Dk]``, ``[B, K, S, Dv]`` in the model's dtype, padding zeroed."""
+        plain, sinks = self.plain, self.sequences.layout.num_sinks
+        assert plain is not None and self.keys is not None and self.values is not None
+        batch, heads, key_dim, _ = plain.keys.shape
+        dtype, device = plain.keys.dtype, plain.keys.device
+        total = self.tokens
+        keys = torch.zeros(batch, heads, total, key_dim, dtype=dtype, device=device)
+        values = torch.zeros(batch, heads, total, plain.values.shape[-1], dtype=dtype, device=device)
+        pages_of, plain_of = self.sequences.at(total)
+        for row in range(batch):
+            pad, pages, columns = int(self.sequences.pad[row]), int(pages_of[row]), int(plain_of[row])
+            first = min(columns, sinks)
+            at = pad + first
+            keys[row, :, pad:at] = plain.keys[row, :, :, :first].transpose(-1, -2)
+            values[row, :, pad:at] = plain.values[row, :, :first]
+            if pages:
+                page_ids = torch.from_numpy(self.sequences.table[row, :pages]).to(device)
+                end = at + pages * self.key_codec.page_size
+                keys[row, :, at:end] = load_key_pages(self.keys, page_ids, dtype).transpose(0, 1).flatten(1, 2)
+                values[row, :, at:end] = load_value_pages(self.values, page_ids, dtype).transpose(0, 1).flatten(1, 2)
+                at = end
+            keys[row, :, at:total] = plain.keys[row, :, :, first:columns].transpose(-1, -2)
+            values[row, :, at:total] = plain.values[row, :, first:columns]
+        return keys, values
+
+    def crop(self, crops: Sequence[Crop]) -> None:
+        """Cut rows; tokens of a page that is cut through come back into the window, dequantized."""
+        self.tokens = self.sequences.tokens
+        plain, sinks = self.plain, self.sequences.layout.num_sinks
+        if plain is None or self.keys is None or self.values is None:
+            return
+        for crop in crops:
+            if crop.restored:
+                page_id = torch.tensor([crop.page_id], dtype=torch.int32, device=plain.keys.device)
+                keys = load_key_pages(self.keys, page_id, plain.keys.dtype)[0, :, : crop.restored]
+                values = load_value_pages(self.values, page_id, plain.values.dtype)[0, :, : crop.restored]
+                plain.keys[crop.row, :, :, sinks : sinks + crop.restored] = keys.transpose(-1, -2)
+                plain.values[crop.row, :, sinks : sinks + crop.restored] = values
+
+    @torch.inference_mode(mode=False)
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep, repeat or reorder rows: only sinks and window are copied."""
+        if self.plain is None:
+            return
+        index = rows.to(self.plain.keys.device)
+        self.plain = PlainTokens(self.plain.keys.index_select(0, index), self.plain.values.index_select(0, index))
+        if self.stats is not None:
+            self.stats = self.stats.index_select(0, index)
+
+    def clear(self) -> None:
+        """Drop every tensor."""
+        self.keys = self.values = self.plain = self.stats = None
+        self.tokens = 0
+        self.num_decodes = 0
+
+    @torch.inference_mode(mode=False)
+    def move(self, device: torch.device) -> None:
+        """Move every tensor to ``device``."""
+        if self.plain is None or self.keys is None or self.values is None:
+            return
+        self.keys = KeyPages(self.keys.codec, *(t.to(device) for t in _parts(self.keys)))
+        self.values = ValuePages(self.values.codec, *(t.to(device) for t in _parts(self.values)))
+        self.plain = PlainTokens(self.plain.keys.to(device), self.plain.values.to(device))
+
+    def bytes_read(self, scored: Sequence[float], kept: Sequence[float]) -> float:
+        """Bytes of pages that a step of one row reads: keys of scored tokens, values of kept ones, once a KV head.
+
+        ``scored`` and ``kept`` are tokens per query head, equal within a KV head.
+        """
+        if self.plain is None:
+            return 0.0
+        heads, key_dim = self.plain.keys.shape[1:3]
+        per_kv, item = len(scored) // heads, self.plain.keys.element_size()
+        key_bytes = key_token_bytes(key_dim, self.key_codec, item)
+        value_bytes = value_token_bytes(self.plain.values.shape[-1], self.value_codec, item)
+        return sum(scored[::per_kv]) * key_bytes + sum(kept[::per_kv]) * value_bytes
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every persistent tensor by name."""
+        if self.plain is None or self.keys is None or self.values is None:
+            return {}
+        return {
+            **{f"keys.{name}": tensor for name, tensor in self.keys.tensors().items()},
+            **{f"values.{name}": tensor for name, tensor in self.values.tensors().items()},
+            "plain.keys": self.plain.keys,
+            "plain.values": self.plain.values,
+        }
+
+    def num_bytes(self) -> LayerBytes:
+        """Count the bytes of every persistent tensor, by what they are for."""
+        if self.plain is None or self.keys is None or self.values is None:
+            return LayerBytes()
+        scales = (self.keys.lo, self.keys.step, self.values.lo, self.values.step)
+        allocated = max(1, self.keys.num_pages)
+        packed = self.keys.codes.nbytes + self.values.codes.nbytes + sum(t.nbytes for t in scales)
+        column = (self.plain.keys.nbytes + self.plain.values.nbytes) // self.plain.capacity
+        sinks = column * min(self.sequences.layout.num_sinks, self.plain.capacity)
+        return LayerBytes(
+            codes=self.keys.codes.nbytes + self.values.codes.nbytes,
+            scales=sum(t.nbytes for t in scales),
+            sinks=sinks,
+            window=column * self.plain.capacity - sinks,
+            unused=packed - packed * min(self.sequences.pool.num_used, allocated) // allocated,
+        )
+
+    def _prepare(self, step: Step, keys: Tensor, values: Tensor) -> PlainTokens:
+        """Make room for the step."""
+        # a long step goes from its input to pages; only what stays plain needs room
+        needed = step.most_plain if step.count == 1 else int(self.sequences.plain.max())
+        if self.plain is None or needed > self.plain.capacity:
+            self._make_room(needed, keys, values)
+        assert self.plain is not None
+        return self.plain
+
+    @torch.inference_mode(mode=False)  # a tensor made in that mode could not be written to outside of it
+    def _make_room(self, needed: int, keys: Tensor, values: Tensor) -> None:
+        """Allocate, or widen, so that each row has ``needed`` plain columns."""
+        plain = self.plain
+        if plain is None:
+            layout = self.sequences.layout
+            room = max(needed, layout.num_sinks + layout.window + layout.page_size)
+            rows, heads, _, key_dim = keys.shape
+            self.plain = PlainTokens.empty(rows, heads, key_dim, values.shape[-1], room, keys.dtype, keys.device)
+            self.keys = KeyPages.empty(0, heads, key_dim, self.key_codec, keys.dtype, keys.device)
+            self.values = ValuePages.empty(0, heads, values.shape[-1], self.value_codec, keys.dtype, keys.device)
+        else:
+            rows, heads, key_dim, _ = plain.keys.shape
+            room = needed + needed // 8
+            wider = PlainTokens.empty(rows, heads, key_dim, values.shape[-1], room, keys.dtype, keys.device)
+            wider.keys[..., : plain.capacity] = plain.keys
+            wider.values[:, :, : plain.capacity] = plain.values
+            self.plain = wider
+
+    def _settle_row(self, row: int, keys: Tensor, values: Tensor, flush: Flush | None) -> None:
+        """Pack and keep a row's plain and new tokens, ``[K, T, D]``, in order."""
+        plain, sinks = self.plain, self.sequences.layout.num_sinks
+        assert plain is not None
+        end = sinks
+        if flush is not None:
+            self._grow_pages()
+            end = sinks + len(flush.page_ids) * self.key_codec.page_size
+            self._store(flush.page_ids, keys[:, sinks:end], values[:, sinks:end])
+        first, rest = min(sinks, keys.shape[1]), max(0, keys.shape[1] - end)
+        plain.keys[row, :, :, :first] = keys[:, :first].transpose(-1, -2)
+        plain.values[row, :, :first] = values[:, :first]
+        plain.keys[row, :, :, first : first + rest] = keys[:, end:].transpose(-1, -2)
+        plain.values[row, :, first : first + rest] = values[:, end:]
+
+    def _store(self, page_ids: list[int], keys: Tensor, values: Tensor) -> None:
+        """Quantize ``[K, N * page_size, D]`` into pages."""
+        assert self.keys is not None and self.values is not None
+        size = self.key_codec.page_size
+        ids = torch.tensor(page_ids, dtype=torch.int32, device=keys.device)
+        store_key_pages(self.keys, ids, keys.unflatten(1, (len(page_ids), size)).transpose(0, 1))
+        store_value_pages(self.values, ids, values.unflatten(1, (len(page_ids), size)).transpose(0, 1))
+
+    @torch.inference_mode(mode=False)
+    def _grow_pages(self) -> None:
+        """Size the page tensors to the pool."""
+        assert self.keys is not None and self.values is not None
+        capacity = self.sequences.pool.capacity
+        if capacity > self.keys.num_pages:
+            self.keys = KeyPages(self.keys.codec, *(_grown(t, capacity) for t in _parts(self.keys)))
+            self.values = ValuePages(self.values.codec, *(_grown(t, capacity) for t in _parts(self.values)))
+
+
+def _parts(pages: KeyPages | ValuePages) -> tuple[Tensor, Tensor, Tensor]:
+    return pages.codes, pages.lo, pages.step
+
+
+def _grown(tensor: Tensor, capacity: int) -> Tensor:
+    if tensor.dim() == 1:  # a raw codec has no scales
+        return tensor
+    out = tensor.new_empty(capacity, *tensor.shape[1:])
+    out[: tensor.shape[0]] = tensor
+    return out
