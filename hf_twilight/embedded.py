@@ -73,8 +73,7 @@ def load_model(
     """
     if max_context is not None and max_context < 1:
         raise ValueError(
-            f"max_context must be a positive number of tokens, got {max_context}; "
-            "leave it out for the model's own"
+            f"max_context must be a positive number of tokens, got {max_context}; leave it out for the model's own"
         )
     source = _resolve(name, revision)
     if name == EMBEDDED_NAME and dtype == "auto":

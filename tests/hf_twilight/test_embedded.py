@@ -79,9 +79,7 @@ def test_load_model_takes_a_folder(tiny_folder: Path) -> None:
     assert not model.training
 
 
-def test_load_model_takes_a_folder_relative_to_here(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_load_model_takes_a_folder_relative_to_here(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tiny_folder.parent.parent)
     assert _load(f"{tiny_folder.parent.name}/tiny", dtype=torch.bfloat16).dtype == torch.bfloat16
 
@@ -321,9 +319,7 @@ def test_embedded_answers_a_question() -> None:
     ]  # as the published tokenizer does
 
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    inputs = tokenizer.apply_chat_template(
-        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**inputs, max_new_tokens=32, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
     assert answer[-1] == tokenizer.eos_token_id

@@ -1,0 +1,218 @@
+"""Settings of a Twilight cache, and the presets with what each costs."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from twilight_cache import SELECTORS, DecodePolicy, Full, Layout, Quest, Selector, Streaming
+from twilight_kernels import KeyCodec, ValueCodec
+
+CONFIG_NAME = "twilight_config.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TwilightConfig:
+    """How keys and values are stored and attended to.
+
+    Args:
+        key_bits: bits of a stored key number, 2, 3, 4, 8, or 16 for the model's dtype.
+        value_bits: bits of a stored value number, 2, 3, 4, 8, or 16 for the model's dtype.
+        page_size: tokens of a page, 16, 32, 64 or 128: unit of packing, selection and sharing.
+        group_size: channels of a value that share one scale, a multiple of 16.
+        key_clip: share of a page's key range that the levels span, about its midpoint, in ``(0, 1]``.
+        num_sinks: first tokens that stay in the model's dtype.
+        window: last tokens that stay in the model's dtype.
+        p: share of the attention mass that a decode step keeps for each query head, in ``(0, 1]``.
+        min_keep: packed tokens that each head keeps at least.
+        selector: ``"full"`` scores every page, ``"quest"`` the pages with the largest bounds, ``"streaming"`` the
+            last ones.
+        candidate_fraction: share of the packed tokens that ``quest`` scores, in ``(0, 1]``.
+        candidate_tokens: tokens that ``quest`` scores at least, and that ``streaming`` scores.
+        dense_layers: layers that keep the whole mass, because their attention is diffuse.
+        min_sparse_len: packed tokens below which decode keeps the whole mass.
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    key_bits: int = 3
+    value_bits: int = 3
+    page_size: int = 64
+    group_size: int = 64
+    key_clip: float = 0.95
+    num_sinks: int = 4
+    window: int = 128
+    p: float = 0.95
+    min_keep: int = 16
+    selector: str = "full"
+    candidate_fraction: float = 0.25
+    candidate_tokens: int = 1024
+    dense_layers: tuple[int, ...] = (0, 1)
+    min_sparse_len: int = 1024
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        _ = self.key_codec, self.value_codec  # check their ranges
+        _require_share("p", self.p, "keep everything")
+        _require_share("candidate_fraction", self.candidate_fraction, "score everything")
+        for name, least in (("num_sinks", 0), ("window", 1), ("min_keep", 0), ("candidate_tokens", 1)):
+            _require_count(name, getattr(self, name), least)
+        _require_count("min_sparse_len", self.min_sparse_len, 0)
+        for layer in self.dense_layers:
+            _require_count("dense_layers", layer, 0)
+        if self.selector not in SELECTORS:
+            raise ValueError(f"selector must be one of {', '.join(SELECTORS)}, got {self.selector!r}")
+
+    @property
+    def key_codec(self) -> KeyCodec:
+        return KeyCodec(self.key_bits, self.page_size, self.key_clip)
+
+    @property
+    def value_codec(self) -> ValueCodec:
+        return ValueCodec(self.value_bits, self.page_size, self.group_size)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.page_size, self.num_sinks, self.window)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing is rounded and nothing left out: attention is then the stock function."""
+        return self.p == 1.0 and self.key_codec.is_raw and self.value_codec.is_raw and self.selector == "full"
+
+    def policy(self, layer_idx: int) -> DecodePolicy:
+        """Return how layer ``layer_idx`` decodes."""
+        selectors: dict[str, Selector] = {
+            "full": Full(),
+            "quest": Quest(self.candidate_fraction, self.candidate_tokens),
+            "streaming": Streaming(self.candidate_tokens),
+        }
+        if layer_idx in self.dense_layers:
+            return DecodePolicy()
+        return DecodePolicy(self.p, self.min_keep, self.min_sparse_len, selectors[self.selector])
+
+    @staticmethod
+    def preset(name: str = "balanced", **changes: Any) -> TwilightConfig:
+        """Return a preset, with ``changes`` to single settings.
+
+        Raises:
+            ValueError: an unknown preset or setting; the message names the nearest.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}{_nearest(name, PRESETS)}")
+        _require_known(changes)
+        return replace(PRESETS[name], **changes)
+
+    @staticmethod
+    def from_dict(settings: dict[str, Any]) -> TwilightConfig:
+        """Build from a dict of settings, of which ``"preset"`` may name where the others start from.
+
+        Raises:
+            ValueError: an unknown key, a format of a later version, or a value outside its range.
+        """
+        given = dict(settings)
+        version = given.pop("format_version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            raise ValueError(f"format_version must be {FORMAT_VERSION}, got {version!r}; update hf-twilight")
+        return TwilightConfig.preset(given.pop("preset", "balanced"), **given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all settings with the format version, ready for JSON."""
+        return {"format_version": FORMAT_VERSION, **asdict(self), "dense_layers": list(self.dense_layers)}
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write ``twilight_config.json`` into ``folder`` (made if missing) and return its path."""
+        path = Path(folder) / CONFIG_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".tmp")
+        draft.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        os.replace(draft, path)
+        return path
+
+    @staticmethod
+    def from_pretrained(name: str | os.PathLike[str], **hub_options: Any) -> TwilightConfig:
+        """Read ``twilight_config.json`` from a folder, or from a repository on the Hub.
+
+        Args:
+            name: a folder, or a repository id.
+            hub_options: passed to ``huggingface_hub.hf_hub_download``, as ``revision`` or ``token``.
+        Raises:
+            FileNotFoundError: a folder without the file.
+            ValueError: the file is not valid JSON, or holds unknown settings.
+        """
+        path = Path(name) / CONFIG_NAME
+        if not path.is_file():
+            if Path(name).exists():
+                raise FileNotFoundError(
+                    f"{name} must hold {CONFIG_NAME}, got a folder without it; write it with save_pretrained"
+                )
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(os.fspath(name), CONFIG_NAME, **hub_options))
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} must be JSON, got {error}; write it again with save_pretrained") from error
+        if not isinstance(settings, dict):
+            raise ValueError(
+                f"{path} must be JSON with one object of settings, got {settings!r}; "
+                "write it again with save_pretrained"
+            )
+        return TwilightConfig.from_dict(settings)
+
+
+def as_config(settings: TwilightConfig | dict[str, Any] | str | None, **changes: Any) -> TwilightConfig:
+    """Return a config from a config, a dict, a preset's name or None (``balanced``), with ``changes``.
+
+    Raises:
+        TypeError: another type.
+        ValueError: unknown names or values outside their ranges.
+    """
+    if settings is None:
+        settings = "balanced"
+    if isinstance(settings, str):
+        return TwilightConfig.preset(settings, **changes)
+    if isinstance(settings, dict):
+        return TwilightConfig.from_dict({**settings, **changes})
+    if not isinstance(settings, TwilightConfig):
+        raise TypeError(
+            f"twilight_config must be a TwilightConfig, a dict or a preset's name, got {type(settings).__name__}"
+        )
+    _require_known(changes)
+    return replace(settings, **changes)
+
+
+def _require_known(changes: dict[str, Any]) -> None:
+    names = [f.name for f in fields(TwilightConfig)]
+    for name in changes:
+        if name not in names:
+            raise ValueError(f"twilight_config has no setting {name!r}{_nearest(name, [*names, 'preset'])}")
+
+
+def _nearest(name: object, allowed: Any) -> str:
+    close = difflib.get_close_matches(str(name), list(allowed), n=1, cutoff=0.0)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _require_share(name: str, value: float, meaning: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
+        raise ValueError(f"{name} must be in (0, 1], got {value!r}; pass 1.0 to {meaning}")
+
+
+def _require_count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+# What each costs on the embedded model is measured by `hf-twilight bench generate` and stands in the README.
+PRESETS: dict[str, TwilightConfig] = {
+    "exact": TwilightConfig(key_bits=16, value_bits=16, key_clip=1.0, p=1.0, dense_layers=()),
+    "quality": TwilightConfig(key_bits=4, value_bits=4, page_size=32, key_clip=1.0, p=0.98),
+    "balanced": TwilightConfig(),
+    "compact": TwilightConfig(key_bits=2, value_bits=2, key_clip=0.75, window=64),
+}

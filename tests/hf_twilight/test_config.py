@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import json
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_twilight import PRESETS, TwilightConfig
+from hf_twilight.config import CONFIG_NAME, as_config
+from twilight_cache import Full, Quest, Streaming
+
+# every setting at another value than its default
+CHANGED: dict[str, Any] = {
+    "key_bits": 2, "value_bits": 8, "page_size": 32, "group_size": 32, "key_clip": 0.9, "num_sinks": 0,
+    "window": 7, "p": 0.5, "min_keep": 3, "selector": "quest", "candidate_fraction": 0.5,
+    "candidate_tokens": 77, "dense_layers": (3,), "min_sparse_len": 5,
+}  # fmt: skip
+
+
+def test_changed_names_every_setting() -> None:
+    assert CHANGED.keys() == {f.name for f in fields(TwilightConfig)}
+    assert all(getattr(TwilightConfig(), name) != value for name, value in CHANGED.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("keybits", "key_bits"),
+        ("sink", "num_sinks"),
+        ("windows", "window"),
+        ("top_p", "p"),
+        ("pagesize", "page_size"),
+    ],
+)
+def test_unknown_setting_names_the_nearest(name: str, nearest: str) -> None:
+    if name == "top_p":  # no letters in common but one: any suggestion will do
+        nearest = ""
+    for build in (
+        lambda: TwilightConfig.from_dict({name: 4}),
+        lambda: TwilightConfig.preset("exact", **{name: 4}),
+        lambda: as_config(None, **{name: 4}),
+        lambda: as_config("exact", **{name: 4}),
+        lambda: as_config({"p": 1.0}, **{name: 4}),
+        lambda: as_config(TwilightConfig(), **{name: 4}),
+    ):
+        with pytest.raises(ValueError, match=rf"no setting '{name}'; did you mean '{nearest}"):
+            build()
+
+
+def test_unknown_preset_names_the_nearest() -> None:
+    for build in (
+        lambda: TwilightConfig.preset("balance"),
+        lambda: as_config("balance"),
+        lambda: TwilightConfig.from_dict({"preset": "balance"}),
+    ):
+        with pytest.raises(ValueError, match="got 'balance'; did you mean 'balanced'"):
+            build()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("key_bits", v) for v in (0, 1, 5, 32, -4, "4", None)],
+        *[("value_bits", v) for v in (0, 1, 5, 32, None)],
+        *[("page_size", v) for v in (0, 8, 48, 256, -64, None)],
+        *[("group_size", v) for v in (0, -16, 8, 40)],
+        *[("key_clip", v) for v in (0, 0.0, 1.5, -1.0, float("nan"))],
+        *[("p", v) for v in (0, 0.0, 1.0001, -0.5, float("nan"), True, "0.9", None)],
+        *[("candidate_fraction", v) for v in (0, 2, float("nan"))],
+        *[("num_sinks", v) for v in (-1, 1.5, True, "4", None)],
+        *[("window", v) for v in (0, -1, 1.5, None)],
+        *[("min_keep", v) for v in (-1, 0.5)],
+        *[("candidate_tokens", v) for v in (0, -1)],
+        *[("min_sparse_len", v) for v in (-1, 0.5)],
+        *[("dense_layers", v) for v in ((-1,), (0.5,), ("0",), [True])],
+        *[("selector", v) for v in ("best", "", None, 3)],
+    ],
+)
+def test_values_outside_their_range_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name):
+        TwilightConfig(**{name: value})
+
+
+def test_config_cannot_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        TwilightConfig().p = 0.5  # type: ignore[misc]
+    assert hash(TwilightConfig()) == hash(TwilightConfig())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_is_what_its_name_says(name: str) -> None:
+    config = TwilightConfig.preset(name)
+    assert config == PRESETS[name] == as_config(name) == TwilightConfig.from_dict({"preset": name})
+    assert config.is_exact == (name == "exact")
+
+
+def test_preset_takes_changes() -> None:
+    assert TwilightConfig.preset("compact", p=0.5) == as_config({"preset": "compact", "p": 0.5})
+    assert TwilightConfig.preset("compact", p=0.5).key_bits == PRESETS["compact"].key_bits
+    assert as_config({"preset": "compact"}, p=0.5).p == 0.5
+    assert as_config(TwilightConfig(p=0.3), window=9) == TwilightConfig(p=0.3, window=9)
+    assert as_config(None) == PRESETS["balanced"]
+
+
+@pytest.mark.parametrize("given", [3, 0.9, ["exact"], ("p", 1), object()])
+def test_as_config_refuses_other_types(given: Any) -> None:
+    with pytest.raises(TypeError, match="must be a TwilightConfig, a dict or a preset's name, got"):
+        as_config(given)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"p": 0.99}, {"key_bits": 8}, {"value_bits": 8}, {"selector": "quest"}, {"selector": "streaming"}],
+)
+def test_is_exact_only_if_nothing_is_rounded_or_left_out(changes: dict[str, Any]) -> None:
+    assert PRESETS["exact"].is_exact
+    assert not TwilightConfig.preset("exact", **changes).is_exact
+
+
+def test_policy_keeps_dense_layers_whole() -> None:
+    config = TwilightConfig(p=0.9, dense_layers=(1,), selector="quest", candidate_fraction=0.5, candidate_tokens=9)
+    assert config.policy(0).p == 0.9
+    assert config.policy(0).selector == Quest(0.5, 9)
+    assert config.policy(1).p == 1.0
+    assert config.policy(1).selector == Full()
+    assert TwilightConfig(selector="streaming", candidate_tokens=9, dense_layers=()).policy(0).selector == Streaming(9)
+
+
+def test_codecs_and_layout_follow_the_settings() -> None:
+    config = TwilightConfig(**CHANGED)
+    assert (config.key_codec.bits, config.key_codec.page_size, config.key_codec.clip) == (2, 32, 0.9)
+    assert (config.value_codec.bits, config.value_codec.page_size, config.value_codec.group_size) == (
+        8,
+        32,
+        32,
+    )
+    assert (config.layout.page_size, config.layout.num_sinks, config.layout.window) == (32, 0, 7)
+
+
+@pytest.mark.parametrize("config", [*PRESETS.values(), TwilightConfig(**CHANGED)])
+def test_to_dict_is_json_and_comes_back(config: TwilightConfig) -> None:
+    assert TwilightConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("config", [*PRESETS.values(), TwilightConfig(**CHANGED)])
+def test_save_pretrained_comes_back(config: TwilightConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "folder"
+    path = config.save_pretrained(folder)
+    assert path == folder / CONFIG_NAME
+    assert [entry.name for entry in folder.iterdir()] == [CONFIG_NAME]
+    assert TwilightConfig.from_pretrained(folder) == config
+    assert TwilightConfig.from_pretrained(str(folder)) == config
+    PRESETS["exact"].save_pretrained(folder)
+    assert TwilightConfig.from_pretrained(folder) == PRESETS["exact"]
+
+
+@pytest.mark.parametrize("length", [0, 1, 20, -3])
+def test_from_pretrained_explains_a_truncated_file(length: int, tmp_path: Path) -> None:
+    path = TwilightConfig().save_pretrained(tmp_path)
+    path.write_text(path.read_text()[:length])
+    with pytest.raises(ValueError, match=r"twilight_config\.json must be JSON, got .*save_pretrained"):
+        TwilightConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", '"exact"', '[["p", 0.5]]', "true"])
+def test_from_pretrained_explains_json_that_is_no_object(text: str, tmp_path: Path) -> None:
+    (tmp_path / CONFIG_NAME).write_text(text)
+    with pytest.raises(ValueError, match=r"twilight_config\.json must be JSON"):
+        TwilightConfig.from_pretrained(tmp_path)
+
+
+def test_from_pretrained_explains_bytes_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / CONFIG_NAME).write_bytes(b"\xff\xfe\x00{}")
+    with pytest.raises(ValueError, match=r"twilight_config\.json must be JSON"):
+        TwilightConfig.from_pretrained(tmp_path)
+
+
+def test_from_pretrained_checks_what_it_reads(tmp_path: Path) -> None:
+    path = tmp_path / CONFIG_NAME
+    path.write_text('{"pp": 0.5}')
+    with pytest.raises(ValueError, match="no setting 'pp'; did you mean 'p'"):
+        TwilightConfig.from_pretrained(tmp_path)
+    path.write_text('{"p": 7}')
+    with pytest.raises(ValueError, match=r"p must be in \(0, 1\], got 7"):
+        TwilightConfig.from_pretrained(tmp_path)
+    path.write_text('{"format_version": 2, "p": 0.5}')
+    with pytest.raises(ValueError, match="format_version must be 1, got 2; update hf-twilight"):
+        TwilightConfig.from_pretrained(tmp_path)
+
+
+def test_from_pretrained_explains_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"must hold twilight_config\.json, got a folder without it"):
+        TwilightConfig.from_pretrained(tmp_path)
+
+
+def test_from_pretrained_without_network_fails_as_the_hub_does() -> None:
+    with pytest.raises(OSError, match=r"no-such-owner/no-such-repo|offline|outgoing traffic|Hub"):
+        TwilightConfig.from_pretrained("no-such-owner/no-such-repo")
