@@ -94,8 +94,7 @@ def test_outer_folders_are_never_imported() -> None:
         f"{_place(path, found)}: {found.module}"
         for path in paths
         for found in _imports(path)
-        if not found.is_relative
-        and found.module.startswith(tuple(f"{folder}.twilight_" for folder in OUTER_FOLDERS))
+        if not found.is_relative and found.module.startswith(tuple(f"{folder}.twilight_" for folder in OUTER_FOLDERS))
     ]
     assert not offenders, "\n".join(offenders)
 

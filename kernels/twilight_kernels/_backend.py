@@ -38,9 +38,7 @@ def _numba(concept: str) -> ModuleType:
     try:
         return importlib.import_module(f"._numba_{concept}", __package__)
     except ImportError as error:
-        raise ImportError(
-            f"numba is needed to run on CPUs: {error}; install it with: pip install numba"
-        ) from error
+        raise ImportError(f"numba is needed to run on CPUs: {error}; install it with: pip install numba") from error
 
 
 @cache

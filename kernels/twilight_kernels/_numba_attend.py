@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, literally
 
-from ._numba_block import OUT, VALUE_CODES, VALUE_LO, VALUE_STEP, partial_of
+from ._numba_block import OUT, partial_of
 from ._numba_lanes import value_rows
 from ._numba_numbers import (
     ANY,
@@ -37,26 +37,9 @@ def scratch_size(key_dim, q_per_kv, value_dim, group_size):
 
 
 @fast
-def attend_packed(
-    kind, q_per_kv, value_dim, group_size, block, rows, count, logits, logit_stride, positions, partial,
-    scratch, key_dim,
-):  # fmt: skip
-    """Attend to packed value rows; see ``attend_rows``."""
-    literally(kind)
-    literally(q_per_kv)
-    literally(value_dim)
-    literally(group_size)
-    row_bytes = value_dim * kind // 8 if kind < RAW_BF16 else value_dim * item_bytes(kind)
-    attend_rows(
-        kind, q_per_kv, value_dim, group_size, block[VALUE_CODES], row_bytes, block[VALUE_LO],
-        block[VALUE_STEP], rows, count, logits, logit_stride, positions, partial, scratch, key_dim,
-    )  # fmt: skip
-
-
-@fast
 def attend_rows(
-    kind, q_per_kv, value_dim, group_size, base, row_bytes, lo, step, rows, count, logits, logit_stride,
-    positions, partial, scratch, key_dim,
+    kind, q_per_kv, value_dim, group_size, base, lo, step, rows, count, logits, logit_stride, positions, partial,
+    scratch, key_dim,
 ):  # fmt: skip
     """Add ``sum_i exp(logit_i - largest) * value_i`` over at most 128 tokens to a partial.
 
@@ -67,6 +50,7 @@ def attend_rows(
     literally(q_per_kv)
     literally(value_dim)
     literally(group_size)
+    row_bytes = value_dim * kind // 8 if kind < RAW_BF16 else value_dim * item_bytes(kind)
     groups = (value_dim + group_size - 1) // group_size
     at = q_per_kv * (2 * key_dim + 1)
     weights = scratch[at : at + q_per_kv * BLOCK_TOKENS].reshape((q_per_kv, BLOCK_TOKENS))
@@ -121,8 +105,6 @@ def _weights(source, positions, count, top, out):
 @fast
 def merge(dtype, q_per_kv, value_dim, block, head, merged):
     """Combine the first ``merged`` partials of a head by their log-sum-exp and write the output."""
-    literally(q_per_kv)
-    literally(value_dim)
     first = partial_of(block, head, 0, q_per_kv, value_dim)
     for g in range(q_per_kv):
         top = first[g, value_dim]

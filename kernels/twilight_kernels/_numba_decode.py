@@ -16,7 +16,7 @@ import torch
 from numba import carray, literally
 from torch import Tensor
 
-from ._numba_attend import BLOCK_TOKENS, attend_packed, attend_rows, merge, scratch_size
+from ._numba_attend import BLOCK_TOKENS, attend_rows, merge, scratch_size
 from ._numba_block import (
     CAPACITY,
     CHUNK_PAGES,
@@ -78,6 +78,7 @@ from ._numba_sparse import attend_kept, count_dense, prune
 from .layout import KeyPages, PlainTokens, ValuePages
 
 _TASK_TOKENS = 1024  # tokens scored by one task
+_GRAIN = 1 << 18  # key numbers that are worth a thread: waking one costs as much as 30 us of work
 
 
 def decode_attention(
@@ -119,7 +120,7 @@ def decode_attention(
     size = max(columns, listed[1], 1), torch.get_num_threads()
     shape = rows, heads, key_dim, plain.values.shape
     num_bytes = _work_bytes(*shape, *size, key_codec.page_size)
-    template, worker, tasks, done = _template(
+    template, worker, threads, done = _template(
         *shape, *size, scratch(num_bytes), dtype,
         dtype if key_codec.is_raw else key_codec.bits, dtype if value_codec.is_raw else value_codec.bits,
         key_codec.page_size, value_codec.group_size,
@@ -134,7 +135,7 @@ def decode_attention(
         min_keep, min_sparse_len, 0 if stats is None else stats.data_ptr(), scaling, p,
     )  # fmt: skip
     ctypes.memset(done, 0, 8 * rows * plain.values.shape[1])
-    run(worker, ctypes.addressof(block), tasks)
+    run(worker, ctypes.addressof(block), threads)
     return out
 
 
@@ -181,9 +182,7 @@ def _template(
     q_per_kv, chunks = heads // kv_heads, _chunks(columns, page_size)
     block = new_block()
     block[[ROWS, KV_HEADS, KEY_DIM, VALUE_DIM, CAPACITY]] = rows, kv_heads, key_dim, value_dim, capacity
-    block[[KEY_CODES, KEY_LO, KEY_STEP, VALUE_CODES, VALUE_LO, VALUE_STEP, PLAIN_KEYS, PLAIN_VALUES]] = (
-        storage
-    )
+    block[[KEY_CODES, KEY_LO, KEY_STEP, VALUE_CODES, VALUE_LO, VALUE_STEP, PLAIN_KEYS, PLAIN_VALUES]] = storage
     sizes = _work_sizes(rows, heads, key_dim, values, columns, threads, page_size)
     logits, plain_logits, partials, done, flags, positions, _ = accumulate(sizes, initial=work)
     block[[LOGITS, TOKENS, PLAIN_LOGITS, PARTIALS, CHUNKS, CHUNK_PAGES, DONE, FLAGS, POSITIONS]] = (
@@ -193,7 +192,8 @@ def _template(
     if value_kind >= RAW_BF16:
         group_size = value_dim
     worker = _decode_worker(dtype, key_kind, value_kind, page_size, q_per_kv, value_dim, group_size)
-    return block.tobytes(), worker, rows * kv_heads * chunks, done
+    worth = -(-rows * kv_heads * (columns * page_size + capacity) * key_dim // _GRAIN)
+    return block.tobytes(), worker, min(rows * kv_heads * chunks, worth), done
 
 
 @cache
@@ -282,7 +282,7 @@ def _plain_chunk(dtype, q_per_kv, value_dim, block, head, scratch, rows):
         for i in range(count):
             rows[i] = head * capacity + first + i
         attend_rows(
-            dtype, q_per_kv, value_dim, value_dim, block[PLAIN_VALUES], value_dim * item, 0, 0, rows, count,
+            dtype, q_per_kv, value_dim, value_dim, block[PLAIN_VALUES], 0, 0, rows, count,
             logits + 4 * first, capacity, 0, partial, scratch, key_dim,
         )  # fmt: skip
 
@@ -302,9 +302,7 @@ def _append(dtype, value_dim, block, head, column):
 
 
 @fast
-def _page_chunk(
-    key_kind, value_kind, page_size, q_per_kv, value_dim, group_size, block, head, chunk, scratch, rows
-):
+def _page_chunk(key_kind, value_kind, page_size, q_per_kv, value_dim, group_size, block, head, chunk, scratch, rows):
     """Score one chunk of pages; attend to it at once if the row is dense."""
     literally(key_kind)
     literally(value_kind)
@@ -332,7 +330,8 @@ def _page_chunk(
             page = page_of(block, head, start + i, page_size)
             for t in range(page_size):
                 rows[i * page_size + t] = page * page_size + t
-        attend_packed(
-            value_kind, q_per_kv, value_dim, group_size, block, rows, count * page_size,
-            logits.ctypes.data + 4 * start * page_size, block[TOKENS], 0, partial, scratch, block[KEY_DIM],
+        attend_rows(
+            value_kind, q_per_kv, value_dim, group_size, block[VALUE_CODES], block[VALUE_LO], block[VALUE_STEP],
+            rows, count * page_size, logits.ctypes.data + 4 * start * page_size, block[TOKENS], 0, partial, scratch,
+            block[KEY_DIM],
         )  # fmt: skip

@@ -41,7 +41,7 @@ from ._numba_page_block import (
     token_stride,
     write_scales,
 )
-from ._numba_planes import pack, unpack
+from ._numba_planes import pack_codes, unpack_codes
 from ._numba_pool import BLOCK_SIZE, SOURCE_HASH, compile_worker
 from ._numba_rows import dequantize_row, quantize_row
 
@@ -117,7 +117,7 @@ def _write_keys(block, task, numbers, codes, packed, scales):
     for t in range(tokens):
         row = float_row(kind, x + t * stride, dim, numbers[t])
         quantize_row(1, row, dim, lo, inverse, levels, codes.ctypes.data + t * dim)
-    pack(codes.ctypes.data, tokens * dim, bits, packed.ctypes.data)
+    pack_codes(codes.ctypes.data, tokens * dim, bits, packed.ctypes.data)
     row_bytes = tokens * bits // 8
     stored = carray(u8_at(block[CODES] + page * dim * row_bytes), (ANY,))
     for d in range(dim):
@@ -134,7 +134,7 @@ def _read_keys(block, task, numbers, codes, packed, scales):
     for d in range(dim):
         for j in range(row_bytes):
             packed[j * dim + d] = stored[d * row_bytes + j]
-    unpack(packed.ctypes.data, tokens * dim, bits, codes.ctypes.data)
+    unpack_codes(packed.ctypes.data, tokens * dim, bits, codes.ctypes.data)
     read_scales(block, page * dim, scales[0], scales[1])
     lo, step = scales[0].ctypes.data, scales[1].ctypes.data
     for t in range(tokens):

@@ -70,9 +70,7 @@ def key_page_logits(
             for h in heads_here:
                 row = builder.add(query, builder.mul(head_dim, int64(4 * h)))
                 weights[h] = splat(builder, load(builder, element(builder, row, loop.index, 4), F32))
-            loop.close(
-                [_madd(builder, weights[h], columns[t], loop.values[i]) for i, (h, t) in enumerate(cells)]
-            )
+            loop.close([_madd(builder, weights[h], columns[t], loop.values[i]) for i, (h, t) in enumerate(cells)])
             for (h, t), total in zip(cells, loop.values):
                 shift = splat(builder, load(builder, builder.add(bias, int64(4 * h)), F32))
                 place = builder.add(out, builder.mul(out_stride, int64(4 * h)))
@@ -116,9 +114,7 @@ def value_rows(
         weight_bytes = builder.mul(weight_stride, int64(4))
         for plane in _value_planes(kind_, dim):
             starts = range(0, plane.row_size, plane.lanes)
-            for start, heads_here in itertools.product(
-                starts, _tiles(heads_, max(1, _ACCUMULATORS // plane.fields))
-            ):
+            for start, heads_here in itertools.product(starts, _tiles(heads_, max(1, _ACCUMULATORS // plane.fields))):
                 cells = [(h, f) for h in heads_here for f in range(plane.fields)]
                 loop = Loop(builder, count, [zeros(plane.lanes)] * len(cells))
                 offset = load(builder, element(builder, offsets, loop.index, 8), I64)
@@ -193,9 +189,7 @@ def _key_tile(builder, kind: int, page: int, channel, tile: int):
     for width in widths:
         size = page * width // 8
         first, repeat = (tile * LANES) % size, LANES // min(size, LANES)
-        packed = load(
-            builder, builder.add(channel, int64(start + first)), ir.VectorType(I8, min(size, LANES)), 1
-        )
+        packed = load(builder, builder.add(channel, int64(start + first)), ir.VectorType(I8, min(size, LANES)), 1)
         if repeat > 1:
             order = ir.Constant(ir.VectorType(I32, LANES), [lane % size for lane in range(LANES)])
             packed = builder.shuffle_vector(packed, ir.Constant(packed.type, ir.Undefined), order)

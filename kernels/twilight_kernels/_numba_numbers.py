@@ -19,10 +19,11 @@ LOWEST = np.float32(-3.0e38)  # stands for -inf, which fast maths may not see
 ANY = 1 << 40  # length of a view whose bounds the caller knows
 
 # helpers of a worker carry their own flags: fast maths lets sums vectorize, numpy's error model drops checks
-fast = njit(fastmath=True, error_model="numpy")
-inlined = njit(fastmath=True, error_model="numpy", inline="always")
+_OPTIONS = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+fast = njit(fastmath=True, **_OPTIONS)
+inlined = njit(fastmath=True, inline="always", **_OPTIONS)
 # no reordering, no fused multiply-add, NaN and infinity as in IEEE 754; unsaid, the caller's flags would hold
-exact = njit(fastmath=False, error_model="numpy")
+exact = njit(fastmath=False, **_OPTIONS)
 
 _I16, _I32, _I64 = (ir.IntType(n) for n in (16, 32, 64))
 _F32, _HALF = ir.FloatType(), ir.HalfType()

@@ -11,7 +11,7 @@ _EVERY_BYTE = 0x0101010101010101
 
 
 @exact
-def pack(codes, count, bits, packed):
+def pack_codes(codes, count, bits, packed):
     """Pack ``count`` codes planar."""
     if bits == 3:
         _pack_plane(codes, count, 0, 2, packed)
@@ -43,7 +43,7 @@ def _pack_plane(codes, count, shift, width, packed):
 
 
 @exact
-def unpack(packed, count, bits, codes):
+def unpack_codes(packed, count, bits, codes):
     """Undo ``_pack``."""
     if bits == 3:
         _unpack_plane(packed, count, 0, 2, codes)

@@ -28,10 +28,12 @@ logger = logging.getLogger(__name__)
 
 BLOCK_SIZE = 64
 _WORKER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-# numba's cache looks at one file's date; this makes it look at all the files that a worker is made of
+# numba's cache looks at one file's date; this makes it look at all the files that a worker is made of, and at the
+# name that a copy of this package goes by, which compiled code refers to
 SOURCE_HASH = int.from_bytes(
     hashlib.sha1(
-        b"".join(
+        __name__.encode()
+        + b"".join(
             path.read_bytes()
             for path in sorted(pathlib.Path(__file__).parent.glob("*.py"))
             if path.name.startswith("_numba") or path.name == "layout.py"
@@ -44,9 +46,7 @@ SOURCE_HASH = int.from_bytes(
 def compile_worker(body: Callable[[Any], None], name: str) -> int:
     """Compile ``body``, or load it from numba's cache, and return its address."""
     with install_listener("numba:run_pass", _Announcement(name)):  # no pass runs if the cache has it
-        worker = cfunc(types.void(types.CPointer(types.int64)), nopython=True, fastmath=True, cache=True)(
-            body
-        )
+        worker = cfunc(types.void(types.CPointer(types.int64)), nopython=True, fastmath=True, cache=True)(body)
     _ALIVE.append(worker)
     return int(worker.address)
 
@@ -59,7 +59,7 @@ class _Announcement(Listener):
 
     def on_start(self, event: Event) -> None:
         if self._name is not None:
-            logger.info("compiling a CPU kernel: %s (once; cached for later runs)", self._name)
+            logger.warning("compiling a CPU kernel: %s (once; cached for later runs)", self._name)
             self._name = None
 
     def on_end(self, event: Event) -> None:

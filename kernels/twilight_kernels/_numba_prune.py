@@ -25,9 +25,7 @@ _HIGHEST = np.float32(3.4e38)
 _ROWS, _COLUMNS, _LOGITS, _LOGITS_ROW, _FORCED, _MIN_KEEP, _OUT, _P = range(2, 10)
 
 
-def top_p_threshold(
-    logits: Tensor, p: float, *, forced_lse: Tensor | None = None, min_keep: int = 0
-) -> Tensor:
+def top_p_threshold(logits: Tensor, p: float, *, forced_lse: Tensor | None = None, min_keep: int = 0) -> Tensor:
     """See ``_reference.top_p_threshold``."""
     rows, columns = logits.shape
     out = torch.full((rows,), -torch.inf)

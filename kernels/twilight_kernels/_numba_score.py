@@ -66,9 +66,7 @@ _TASK_TOKENS = 1024  # tokens whose logits one task computes
 _TASK_PAGES = 64  # pages whose bounds one task computes
 
 
-def key_logits(
-    query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: Tensor, scaling: float
-) -> Tensor:
+def key_logits(query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: Tensor, scaling: float) -> Tensor:
     """See ``_reference.key_logits``."""
     (rows, heads, _), kv_heads, page_size = query.shape, pages.codes.shape[1], pages.codec.page_size
     query, table, num_pages = last_contiguous(query), block_table.contiguous(), num_pages.contiguous()
@@ -84,9 +82,7 @@ def key_logits(
     return out
 
 
-def page_scores(
-    query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: Tensor, scaling: float
-) -> Tensor:
+def page_scores(query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: Tensor, scaling: float) -> Tensor:
     """See ``_reference.page_scores``."""
     (rows, heads, _), kv_heads = query.shape, pages.codes.shape[1]
     query, table, num_pages = last_contiguous(query), block_table.contiguous(), num_pages.contiguous()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, literally
 
-from ._numba_attend import BLOCK_TOKENS, attend_packed
+from ._numba_attend import BLOCK_TOKENS, attend_rows
 from ._numba_block import (
     CHUNKS,
     FLAGS,
@@ -13,6 +13,9 @@ from ._numba_block import (
     MIN_KEEP,
     STATS,
     TOKENS,
+    VALUE_CODES,
+    VALUE_LO,
+    VALUE_STEP,
     P,
     float_field,
     logits_of,
@@ -59,9 +62,7 @@ def prune(page_size, q_per_kv, value_dim, block, head, near, totals):
 
 
 @fast
-def attend_kept(
-    value_kind, page_size, q_per_kv, value_dim, group_size, block, head, scratch, rows, positions, totals
-):
+def attend_kept(value_kind, page_size, q_per_kv, value_dim, group_size, block, head, scratch, rows, positions, totals):
     """Attend every query head of the KV head to the union of what they keep, into partial 1."""
     literally(value_kind)
     literally(q_per_kv)
@@ -85,9 +86,10 @@ def attend_kept(
                 index = token // page_size
                 start = (page_of(block, head, index, page_size) - index) * page_size
             rows[i] = start + token
-        attend_packed(
-            value_kind, q_per_kv, value_dim, group_size, block, rows, count, logits.ctypes.data,
-            block[TOKENS], positions.ctypes.data + 4 * first, partial, scratch, block[KEY_DIM],
+        attend_rows(
+            value_kind, q_per_kv, value_dim, group_size, block[VALUE_CODES], block[VALUE_LO], block[VALUE_STEP],
+            rows, count, logits.ctypes.data, block[TOKENS], positions.ctypes.data + 4 * first, partial, scratch,
+            block[KEY_DIM],
         )  # fmt: skip
     if block[STATS] != 0:
         stats = stats_of(block, q_per_kv)

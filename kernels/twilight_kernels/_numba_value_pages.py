@@ -32,7 +32,7 @@ from ._numba_page_block import (
     token_stride,
     write_scales,
 )
-from ._numba_planes import pack, unpack
+from ._numba_planes import pack_codes, unpack_codes
 from ._numba_pool import BLOCK_SIZE, SOURCE_HASH, compile_worker
 from ._numba_rows import dequantize_row, quantize_row, range_of_row
 
@@ -95,10 +95,8 @@ def _write_values(block, task, numbers, codes, scales):
         row = float_row(kind, x + t * stride, dim, numbers)
         for c in range(groups):
             at, count = 4 * (t * groups + c), min(size, dim - c * size)
-            quantize_row(
-                0, row + 4 * c * size, count, lo + at, inverse + at, levels, codes.ctypes.data + c * size
-            )
-        pack(codes.ctypes.data, dim, bits, block[CODES] + (start + t) * row_bytes)
+            quantize_row(0, row + 4 * c * size, count, lo + at, inverse + at, levels, codes.ctypes.data + c * size)
+        pack_codes(codes.ctypes.data, dim, bits, block[CODES] + (start + t) * row_bytes)
 
 
 @exact
@@ -111,7 +109,7 @@ def _read_values(block, task, numbers, codes, scales):
     read_scales(block, start * groups, scales[0], scales[1])
     lo, step, row = scales[0].ctypes.data, scales[1].ctypes.data, numbers.ctypes.data
     for t in range(tokens):
-        unpack(block[CODES] + (start + t) * row_bytes, dim, bits, codes.ctypes.data)
+        unpack_codes(block[CODES] + (start + t) * row_bytes, dim, bits, codes.ctypes.data)
         for c in range(groups):
             at, count = 4 * (t * groups + c), min(size, dim - c * size)
             dequantize_row(0, codes.ctypes.data + c * size, count, lo + at, step + at, row + 4 * c * size)

@@ -125,14 +125,10 @@ def load_value_pages(pages: ValuePages, page_ids: Tensor, dtype: torch.dtype) ->
     wide = _wide(dtype)
     codes = unpack(pages.codes[index], pages.codec.bits).to(wide)  # [N, K, page_size, D]
     channel = torch.arange(codes.shape[-1], device=codes.device) // pages.codec.group_size
-    return (pages.lo[index].to(wide)[..., channel] + codes * pages.step[index].to(wide)[..., channel]).to(
-        dtype
-    )
+    return (pages.lo[index].to(wide)[..., channel] + codes * pages.step[index].to(wide)[..., channel]).to(dtype)
 
 
-def page_scores(
-    query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: Tensor, scaling: float
-) -> Tensor:
+def page_scores(query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: Tensor, scaling: float) -> Tensor:
     """Bound from above the logits that each page can hold.
 
     Args:
@@ -153,17 +149,13 @@ def page_scores(
         low = pages.lo[slots].to(wide)
         high = low + pages.codec.levels * pages.step[slots].to(wide)
     q = _per_kv_head(query, low.shape[2]) * scaling  # [B, K, G, D]
-    bound = torch.maximum(
-        torch.einsum("bkgd,bpkd->bkgpd", q, low), torch.einsum("bkgd,bpkd->bkgpd", q, high)
-    ).sum(-1)
+    bound = torch.maximum(torch.einsum("bkgd,bpkd->bkgpd", q, low), torch.einsum("bkgd,bpkd->bkgpd", q, high)).sum(-1)
     scores = bound.flatten(1, 2)  # [B, H, P]
     absent = torch.arange(slots.shape[1], device=slots.device) >= num_pages.view(-1, 1)
     return scores.masked_fill(absent[:, None], -math.inf)
 
 
-def key_logits(
-    query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: Tensor, scaling: float
-) -> Tensor:
+def key_logits(query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: Tensor, scaling: float) -> Tensor:
     """Compute the logits of all packed keys.
 
     Args:
@@ -186,9 +178,7 @@ def key_logits(
     return logits.masked_fill(absent[:, None], -math.inf)
 
 
-def top_p_threshold(
-    logits: Tensor, p: float, *, forced_lse: Tensor | None = None, min_keep: int = 0
-) -> Tensor:
+def top_p_threshold(logits: Tensor, p: float, *, forced_lse: Tensor | None = None, min_keep: int = 0) -> Tensor:
     """Find, for each row, the logit from which kept tokens carry a share ``p`` of the mass.
 
     Args:

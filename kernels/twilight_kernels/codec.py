@@ -83,6 +83,4 @@ def _check_slots(pages: KeyPages | ValuePages, page_ids: Tensor) -> None:
     if page_ids.numel() and page_ids.device.type == "cpu":  # elsewhere the answer would have to be waited for
         low, high = int(page_ids.min()), int(page_ids.max())
         if low < 0 or high >= pages.num_pages:
-            raise ValueError(
-                f"page_ids must be in [0, {pages.num_pages}), got {low} .. {high}; allocate more pages"
-            )
+            raise ValueError(f"page_ids must be in [0, {pages.num_pages}), got {low} .. {high}; allocate more pages")

@@ -91,9 +91,7 @@ def _check_pages(query: Tensor, key_pages: KeyPages, value_pages: ValuePages, pl
         )
     form = key_pages.form
     if form[1] != kv_heads or form[2] != key_dim:
-        raise ValueError(
-            f"key pages must have K, D = {[kv_heads, key_dim]} like the plain keys, got {list(form[1:3])}"
-        )
+        raise ValueError(f"key pages must have K, D = {[kv_heads, key_dim]} like the plain keys, got {list(form[1:3])}")
     if value_pages.form != (form[0], kv_heads, value_dim, form[3]):
         raise ValueError(
             f"value pages must have P, K, D, page_size = {[form[0], kv_heads, value_dim, form[3]]} like the "
@@ -101,9 +99,7 @@ def _check_pages(query: Tensor, key_pages: KeyPages, value_pages: ValuePages, pl
         )
     for name, pages in (("key", key_pages), ("value", value_pages)):
         if pages.codec.bits == RAW_BITS and pages.codes.dtype != dtype:
-            raise ValueError(
-                f"raw {name} pages must be of the query's dtype, {dtype}, got {pages.codes.dtype}"
-            )
+            raise ValueError(f"raw {name} pages must be of the query's dtype, {dtype}, got {pages.codes.dtype}")
 
 
 def _check_new(new_key: Tensor | None, new_value: Tensor | None, plain: PlainTokens) -> None:
@@ -117,16 +113,13 @@ def _check_new(new_key: Tensor | None, new_value: Tensor | None, plain: PlainTok
             )
 
 
-def _check_optional(
-    query: torch.Size, plain: PlainTokens, candidates: Tensor | None, stats: Tensor | None
-) -> None:
+def _check_optional(query: torch.Size, plain: PlainTokens, candidates: Tensor | None, stats: Tensor | None) -> None:
     rows, kv_heads, _, _ = plain.form
     if candidates is not None and (
         candidates.dim() != 3 or candidates.shape[:2] != (rows, kv_heads) or candidates.dtype != torch.int32
     ):
         raise ValueError(
-            f"candidates must be [{rows}, {kv_heads}, N] int32, got {list(candidates.shape)} "
-            f"{candidates.dtype}"
+            f"candidates must be [{rows}, {kv_heads}, N] int32, got {list(candidates.shape)} {candidates.dtype}"
         )
     if stats is not None and (
         stats.shape != (rows, query[1], 4) or stats.dtype != torch.float64 or not stats.is_contiguous()

@@ -87,9 +87,7 @@ class ValueCodec:
         _check_choice("value_bits", self.bits, VALUE_BITS)
         _check_choice("page_size", self.page_size, PAGE_SIZES)
         if self.group_size <= 0 or self.group_size % 16:
-            raise ValueError(
-                f"group_size must be a positive multiple of 16, got {self.group_size}; pass 32 or 64"
-            )
+            raise ValueError(f"group_size must be a positive multiple of 16, got {self.group_size}; pass 32 or 64")
 
     @property
     def is_raw(self) -> bool:
@@ -125,9 +123,7 @@ class KeyPages:
 
     def __post_init__(self) -> None:
         size = self.codec.page_size
-        _check_codes(
-            "key pages", self.codes, self.codec, size if self.codec.is_raw else size * self.codec.bits // 8
-        )
+        _check_codes("key pages", self.codes, self.codec, size if self.codec.is_raw else size * self.codec.bits // 8)
         _check_scales("key pages", self.lo, self.step, self.codec, self.codes.shape[:3])
 
     @staticmethod
@@ -144,12 +140,8 @@ class KeyPages:
         shape = (num_pages, kv_heads, head_dim)
         if codec.is_raw:
             nothing = torch.empty(0, dtype=torch.float16, device=device)
-            return KeyPages(
-                codec, torch.empty(*shape, codec.page_size, dtype=dtype, device=device), nothing, nothing
-            )
-        codes = torch.empty(
-            *shape, packed_size(codec.page_size, codec.bits), dtype=torch.uint8, device=device
-        )
+            return KeyPages(codec, torch.empty(*shape, codec.page_size, dtype=dtype, device=device), nothing, nothing)
+        codes = torch.empty(*shape, packed_size(codec.page_size, codec.bits), dtype=torch.uint8, device=device)
         lo = torch.empty(shape, dtype=torch.float16, device=device)
         return KeyPages(codec, codes, lo, torch.empty_like(lo))
 
@@ -192,9 +184,7 @@ class ValuePages:
     def __post_init__(self) -> None:
         _check_codes("value pages", self.codes, self.codec, self.codes.shape[-1])
         if self.codes.shape[2] != self.codec.page_size:
-            raise ValueError(
-                f"value pages must hold {self.codec.page_size} tokens, got {self.codes.shape[2]}"
-            )
+            raise ValueError(f"value pages must hold {self.codec.page_size} tokens, got {self.codes.shape[2]}")
         shape = (*self.codes.shape[:3], self.codec.groups(self.head_dim))
         _check_scales("value pages", self.lo, self.step, self.codec, shape)
 
@@ -221,9 +211,7 @@ class ValuePages:
         shape = (num_pages, kv_heads, codec.page_size)
         if codec.is_raw:
             nothing = torch.empty(0, dtype=torch.float16, device=device)
-            return ValuePages(
-                codec, torch.empty(*shape, head_dim, dtype=dtype, device=device), nothing, nothing
-            )
+            return ValuePages(codec, torch.empty(*shape, head_dim, dtype=dtype, device=device), nothing, nothing)
         codes = torch.empty(*shape, packed_size(head_dim, codec.bits), dtype=torch.uint8, device=device)
         lo = torch.empty(*shape, codec.groups(head_dim), dtype=torch.float16, device=device)
         return ValuePages(codec, codes, lo, torch.empty_like(lo))
@@ -314,11 +302,7 @@ def check_head_dim(head_dim: int, bits: int) -> None:
 
 
 def _stored(pages: KeyPages | ValuePages) -> dict[str, Tensor]:
-    return (
-        {"codes": pages.codes}
-        if pages.codec.is_raw
-        else {"codes": pages.codes, "lo": pages.lo, "step": pages.step}
-    )
+    return {"codes": pages.codes} if pages.codec.is_raw else {"codes": pages.codes, "lo": pages.lo, "step": pages.step}
 
 
 def _check_codes(name: str, codes: Tensor, codec: KeyCodec | ValueCodec, last: int) -> None:
@@ -332,14 +316,11 @@ def _check_codes(name: str, codes: Tensor, codec: KeyCodec | ValueCodec, last: i
         raise ValueError(f"codes of {name} with {codec.bits} bits must be {wanted}, got {codes.dtype}")
 
 
-def _check_scales(
-    name: str, lo: Tensor, step: Tensor, codec: KeyCodec | ValueCodec, shape: tuple[int, ...]
-) -> None:
+def _check_scales(name: str, lo: Tensor, step: Tensor, codec: KeyCodec | ValueCodec, shape: tuple[int, ...]) -> None:
     for scale in () if codec.is_raw else (lo, step):
         if scale.shape != shape or scale.dtype != torch.float16 or not scale.is_contiguous():
             raise ValueError(
-                f"scales of {name} must be contiguous float16 {list(shape)}, got {scale.dtype} "
-                f"{list(scale.shape)}"
+                f"scales of {name} must be contiguous float16 {list(shape)}, got {scale.dtype} {list(scale.shape)}"
             )
 
 

@@ -9,9 +9,7 @@ from ._backend import kernels
 from .layout import KeyPages
 
 
-def page_scores(
-    query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: Tensor, scaling: float
-) -> Tensor:
+def page_scores(query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: Tensor, scaling: float) -> Tensor:
     """Bound from above the logits that each page can hold.
 
     Args:
@@ -33,9 +31,7 @@ def page_scores(
     return scores
 
 
-def key_logits(
-    query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: Tensor, scaling: float
-) -> Tensor:
+def key_logits(query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: Tensor, scaling: float) -> Tensor:
     """Compute the logits of all packed keys.
 
     Args:

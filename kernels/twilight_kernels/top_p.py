@@ -8,9 +8,7 @@ from torch import Tensor
 from ._backend import kernels
 
 
-def top_p_threshold(
-    logits: Tensor, p: float, *, forced_lse: Tensor | None = None, min_keep: int = 0
-) -> Tensor:
+def top_p_threshold(logits: Tensor, p: float, *, forced_lse: Tensor | None = None, min_keep: int = 0) -> Tensor:
     """Find, for each row, the logit from which kept tokens carry a share ``p`` of the mass.
 
     Args:
@@ -32,13 +30,9 @@ def top_p_threshold(
     if min_keep < 0:
         raise ValueError(f"min_keep must be 0 or more, got {min_keep}")
     if logits.dim() != 2 or logits.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"logits must be [R, S] float32, got {list(logits.shape)} {logits.dtype}; call float()"
-        )
+        raise ValueError(f"logits must be [R, S] float32, got {list(logits.shape)} {logits.dtype}; call float()")
     if forced_lse is not None and (forced_lse.shape != logits.shape[:1] or forced_lse.dtype != logits.dtype):
-        raise ValueError(
-            f"forced_lse must be [{logits.shape[0]}] {logits.dtype}, got {list(forced_lse.shape)}"
-        )
+        raise ValueError(f"forced_lse must be [{logits.shape[0]}] {logits.dtype}, got {list(forced_lse.shape)}")
     limit: Tensor = kernels("prune", logits, logits.dtype).top_p_threshold(
         logits, p, forced_lse=forced_lse, min_keep=min_keep
     )

@@ -1,0 +1,110 @@
+"""``hf-twilight bench``: the benchmarks' command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options
+from .environment import print_json
+from .session import session
+
+DECODE_CONTEXTS = [8192, 32768]
+GENERATE_CONTEXTS = [8000]
+DTYPES = ["bfloat16"]
+PRESETS = ["balanced", "compact"]
+
+bench = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Time Twilight against baselines that run in the same minutes, round by round.",
+)
+
+
+@bench.command("decode")
+def decode(
+    shape: Annotated[
+        str, typer.Option(help="llama3-8b, smollm2, or query heads, KV heads, head dim as H,K,D.")
+    ] = "llama3-8b",
+    contexts: Annotated[
+        list[int], typer.Option("--context", help="Tokens in the cache; repeatable.")
+    ] = DECODE_CONTEXTS,
+    p: Annotated[float, typer.Option("--p", help="Share of the attention mass that sparse decode keeps.")] = 0.95,
+    preset: options.Preset = "compact",
+    rounds: Annotated[int, typer.Option(help="Timed rounds; every entrant runs once a round.")] = 30,
+    measure_concentration: Annotated[
+        bool,
+        typer.Option(help="Measure how concentrated the embedded model's attention is, instead of timing."),
+    ] = False,
+    seed: options.Seed = 0,
+    threads: options.Threads = None,
+    json: options.Json = False,
+    verbose: options.Verbose = 0,
+    quiet: options.Quiet = False,
+) -> None:
+    """Time one layer's decode attention: packed pages against dense attention on plain keys.
+
+    Inputs are synthetic with attention as concentrated as the embedded model's: each query head's logits fall
+    with the logarithm of the rank, over positions in random order (so pages hold no cluster that helps a
+    selector).
+    Entrants: Transformers' sdpa in float32 and bfloat16, the fastest dense float32 formulation found, and
+    ours with p, with p and the quest selector, and dense, for 2-bit pages and for the preset.
+
+    Nothing is timed unless its output agrees with the float64 definition on the same pages.
+
+    \b
+    Examples:
+      hf-twilight bench decode --context 32768 --json
+      hf-twilight bench decode --shape 32,8,128 --context 131072 --preset balanced
+      hf-twilight bench decode --measure-concentration
+    """
+    with session(verbose=verbose, quiet=quiet, seed=seed, threads=threads):
+        if measure_concentration:
+            from .concentration import measure
+
+            result = measure(p=p)
+        else:
+            from .bench_decode import run
+
+            result = run(shape, contexts, p=p, preset=preset, rounds=rounds, seed=seed)
+        if json:
+            print_json("bench decode", seed=seed, **result)
+
+
+@bench.command("generate")
+def generate(
+    model: options.Model = "smollm2",
+    contexts: Annotated[
+        list[int], typer.Option("--context", help="Tokens in the cache; repeatable.")
+    ] = GENERATE_CONTEXTS,
+    new_tokens: Annotated[int, typer.Option(help="Timed tokens.")] = 64,
+    dtypes: Annotated[list[str], typer.Option("--dtype", help="Of the weights; repeatable.")] = DTYPES,
+    presets: Annotated[list[str], typer.Option("--preset", help="Repeatable.")] = PRESETS,
+    changes: options.Set = options.NO_CHANGES,
+    text: Annotated[Path | None, typer.Option(help="A text file; default: Python's language reference.")] = None,
+    threads: options.Threads = None,
+    json: options.Json = False,
+    verbose: options.Verbose = 0,
+    quiet: options.Quiet = False,
+) -> None:
+    """Time the whole model, token by token: the stock cache against presets, in turns.
+
+    The stock cache reads the prompt once; the other caches are filled with its exact keys and values. Then
+    every cache takes one token after the other, the stock cache's choice for all, so that the contexts stay
+    the same.
+
+    \b
+    Examples:
+      hf-twilight bench generate --context 8000 --dtype bfloat16 --dtype float32 --json
+      hf-twilight bench generate --context 2000 --preset compact --set p=0.9
+    """
+    with session(verbose=verbose, quiet=quiet, threads=threads):
+        from .bench_generate import run
+        from .models import parse_settings
+
+        settings = {name: parse_settings(name, changes) for name in presets}
+        result = run(model, contexts, dtypes, settings, new_tokens=new_tokens, text=text)
+        if json:
+            print_json("bench generate", **result)

@@ -1,0 +1,101 @@
+"""Write the README's figures from the JSON lines that the benchmarks printed.
+
+    python -m twilight_apps.figures README.md docs/results
+
+reads ``bench-generate*.json`` and ``bench-decode*.json`` and replaces what stands between the README's markers.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+START, END = "<!-- figures -->", "<!-- end of figures -->"
+
+
+def main() -> None:
+    """Replace the figures of the README named first by those of the folder named second."""
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m twilight_apps.figures README.md docs/results")
+    readme = Path(sys.argv[1])
+    readme.write_text(with_figures(readme.read_text(encoding="utf-8"), Path(sys.argv[2])), encoding="utf-8")
+
+
+def with_figures(text: str, folder: Path) -> str:
+    """Return the README's text with the figures of ``folder``.
+
+    Raises:
+        ValueError: the markers are missing.
+    """
+    if START not in text or END not in text:
+        raise ValueError(f"the README must hold {START} and {END}, got a text without them")
+    before, rest = text.split(START, 1)
+    return f"{before}{START}\n{render(folder)}\n{END}{rest.split(END, 1)[1]}"
+
+
+def render(folder: Path) -> str:
+    """Return the tables as Markdown."""
+    parts = [_generate(_read(path)) for path in sorted(folder.glob("bench-generate*.json"))]
+    parts += [_decode(_read(path)) for path in sorted(folder.glob("bench-decode*.json"))]
+    return "\n\n".join(parts)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _generate(result: dict[str, Any]) -> str:
+    lines = [
+        f"Whole model, {result['model']}, one request, {_machine(result)}; all caches take turns token by token "
+        "(`hf-twilight bench generate`):",
+        "",
+        "| dtype | tokens in the cache | cache | ms a token | faster | smaller than bf16 | same next token |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run in result["results"]:
+        for row in run["entrants"]:
+            time = row["ms_per_token"]
+            smaller = f"{row['bf16_bytes_over_kv_bytes']:.2f}x" if "kv_bytes" in row else ""
+            same = f"{row['agreement']:.0%}" if "agreement" in row else ""
+            lines.append(
+                f"| {run['dtype']} | {run['context']:,} | {row['name']} | {time['median']:.1f} | "
+                f"{row['speedup']:.2f}x | {smaller} | {same} |"
+            )
+    return "\n".join(lines)
+
+
+def _decode(result: dict[str, Any]) -> str:
+    shape = result["shape"]
+    lines = [
+        f"One layer's decode attention, {shape['query_heads']} query heads, {shape['kv_heads']} KV heads, head dim "
+        f"{shape['head_dim']}, batch 1, {_machine(result)} (`hf-twilight bench decode`):",
+        "",
+        "| tokens | attention | ms | x sdpa float32 | x float32 matmuls | tokens kept | exact mass |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run in result["results"]:
+        for row in run["entrants"]:
+            check = row["check"]
+            kept = f"{check['kept']:,.0f}" if check else "all"
+            mass = f"{check['mass']:.1%}" if check else "100 %"
+            lines.append(
+                f"| {run['context']:,} | {row['name']} | {row['ms']['median']:.2f} | "
+                f"{row['speedup_over_sdpa_float32']:.1f} | {row['speedup_over_float32_matmuls']:.1f} | "
+                f"{kept} | {mass} |"
+            )
+    return "\n".join(lines)
+
+
+def _machine(result: dict[str, Any]) -> str:
+    machine = result["environment"]
+    return (
+        f"{machine['cpu']['model']}, {machine['threads']['torch']} threads, torch {machine['versions']['torch']}, "
+        f"Transformers {machine['versions']['transformers']}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""What the tests of kernels share: every device of this machine, poisoned memory, random pages."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from twilight_kernels import (
+    KeyCodec,
+    KeyPages,
+    PlainTokens,
+    ValueCodec,
+    ValuePages,
+    store_key_pages,
+    store_value_pages,
+)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device whose kernels can run here; the public functions pick the backend by it."""
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    """Fill what ``torch.empty`` returns with NaN, or the largest integer: nothing may rely on its content."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def make_scene(device: str) -> Callable[..., Scene]:
+    """Return ``random_scene`` for the device of the test."""
+
+    def make(**shape: Any) -> Scene:
+        return random_scene(device=device, **shape)
+
+    return make
+
+
+@dataclasses.dataclass
+class Scene:
+    """Pages of one layer, block tables and plain tokens of a batch, and what a decode step gets."""
+
+    key_pages: KeyPages
+    value_pages: ValuePages
+    plain: PlainTokens
+    query: Tensor
+    block_table: Tensor
+    num_pages: Tensor
+    plain_len: Tensor
+    scaling: float
+    new_key: Tensor
+    new_value: Tensor
+
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of ``decode_attention``; the plain tokens are a copy, as it writes to them."""
+        plain = PlainTokens(self.plain.keys.clone(), self.plain.values.clone())
+        names = ("block_table", "num_pages", "plain_len", "scaling", "new_key", "new_value")
+        return (
+            (self.query, self.key_pages, self.value_pages, plain),
+            {name: getattr(self, name) for name in names},
+        )
+
+    def wide(self) -> Scene:
+        """The same numbers in float64, which the reference computes in."""
+
+        def raw(pages: Any) -> Any:
+            return dataclasses.replace(pages, codes=pages.codes.double()) if pages.codec.is_raw else pages
+
+        return dataclasses.replace(
+            self,
+            key_pages=raw(self.key_pages),
+            value_pages=raw(self.value_pages),
+            plain=PlainTokens(self.plain.keys.double(), self.plain.values.double()),
+            query=self.query.double(),
+            new_key=self.new_key.double(),
+            new_value=self.new_value.double(),
+        )
+
+    def logit_rounding(self) -> Tensor:
+        """What float32 may lose on a logit, ``[B, H]``: eps times the magnitudes it is a sum of times root of D.
+
+        Errors of random sign grow with the root of their number; the magnitudes are those of the terms that a
+        kernel may sum, ``q . lo`` and ``(q * step) . code``, not of their sum, which may cancel.
+        """
+        used = self.block_table[self.block_table >= 0].long()
+        largest = self.plain.keys.double().nan_to_num(0).abs().amax((0, 3))  # [K, D]
+        if len(used) and self.key_pages.codec.is_raw:
+            largest = largest.maximum(self.key_pages.codes[used].double().abs().amax((0, 3)))
+        elif len(used):
+            low, step = self.key_pages.lo[used].double(), self.key_pages.step[used].double()
+            largest = largest.maximum((low.abs() + self.key_pages.codec.levels * step).amax(0))
+        largest = largest.repeat_interleave(self.query.shape[1] // largest.shape[0], 0)  # [H, D]
+        terms = (self.query.double().abs() * largest).sum(-1) * self.scaling
+        return terms * torch.finfo(torch.float32).eps * self.query.shape[2] ** 0.5
+
+    def row(self, row: int) -> Scene:
+        """One row of the batch, alone, with a block table of its own length."""
+        only = slice(row, row + 1)
+        names = ("query", "num_pages", "plain_len", "new_key", "new_value")
+        return dataclasses.replace(
+            self,
+            plain=PlainTokens(self.plain.keys[only].clone(), self.plain.values[only].clone()),
+            block_table=self.block_table[only, : max(1, int(self.num_pages[row]))],
+            **{name: getattr(self, name)[only] for name in names},
+        )
+
+
+def random_scene(
+    *,
+    kv_heads: int = 2,
+    q_per_kv: int = 3,
+    key_dim: int = 64,
+    value_dim: int = 64,
+    key_bits: int = 4,
+    value_bits: int = 4,
+    page_size: int = 64,
+    group_size: int = 32,
+    dtype: torch.dtype = torch.float32,
+    pages: Sequence[int] = (3, 2),
+    plain: Sequence[int] = (20, 65),
+    sharpness: float = 3.0,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Scene:
+    """Make pages in scattered slots, everything that no row owns being NaN.
+
+    ``pages`` and ``plain`` are the pages and plain tokens of each row; queries and new tokens are strided.
+    """
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw).to(device, dtype)
+
+    rows, slots = len(pages), sum(pages) + 3
+    key_pages = KeyPages.empty(slots, kv_heads, key_dim, KeyCodec(key_bits, page_size), dtype, device)
+    value_pages = ValuePages.empty(
+        slots, kv_heads, value_dim, ValueCodec(value_bits, page_size, group_size), dtype, device
+    )
+    for tensor in (*key_pages.tensors().values(), *value_pages.tensors().values()):
+        tensor.fill_(torch.nan if tensor.is_floating_point() else 255)
+    owned = torch.randperm(slots, generator=draw)[: sum(pages)].to(device, torch.int32)
+    offsets = normal(kv_heads, 1, key_dim) * 2  # channels have their own means, as in real keys
+    store_key_pages(key_pages, owned, normal(len(owned), kv_heads, page_size, key_dim) + offsets)
+    store_value_pages(value_pages, owned, normal(len(owned), kv_heads, page_size, value_dim))
+    table = torch.full((rows, max(1, *pages)), -1, dtype=torch.int32, device=device)
+    for row, part in enumerate(owned.split(list(pages))):
+        table[row, : len(part)] = part
+    tokens = PlainTokens.empty(rows, kv_heads, key_dim, value_dim, max(plain), dtype, device)
+    for row, count in enumerate(plain):
+        tokens.keys[row, :, :, :count] = normal(kv_heads, key_dim, count)
+        tokens.values[row, :, :count] = normal(kv_heads, count, value_dim)
+        tokens.keys[row, :, :, count:] = torch.nan
+        tokens.values[row, :, count:] = torch.nan
+    strided = normal(rows, 2, kv_heads * q_per_kv, key_dim)
+    return Scene(
+        key_pages,
+        value_pages,
+        tokens,
+        query=strided.mul_(sharpness)[:, 1],
+        block_table=table,
+        num_pages=torch.tensor(pages, dtype=torch.int32, device=device),
+        plain_len=torch.tensor(plain, dtype=torch.int32, device=device),
+        scaling=key_dim**-0.5,
+        new_key=normal(kv_heads, rows, key_dim).transpose(0, 1),
+        new_value=normal(kv_heads, rows, value_dim).transpose(0, 1),
+    )
