@@ -28,6 +28,15 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Run on one thread, but for the tests of threads: the reference is many tiny operations that gain nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
 def _poison() -> Iterator[None]:
     """Fill what ``torch.empty`` returns with NaN, or the largest integer: nothing may rely on its content."""
     torch.use_deterministic_algorithms(True)
