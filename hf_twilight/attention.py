@@ -1,8 +1,8 @@
 """The attention and mask functions named ``"twilight"``.
 
-A Twilight cache layer returns keys that carry a ``Handle``. The attention function finds the layer through it and
-decodes from packed pages; for everything else (other caches, prefill, sliding layers, soft caps, attention sinks)
-it is the stock function on full tensors, bit for bit.
+A Twilight cache layer returns keys that carry a ``Handle``. The attention function finds the layer through it,
+decodes from packed pages and prefills long prompts sparsely; for everything else (other caches, short prompts,
+sliding layers, soft caps, attention sinks) it is the stock function on full tensors, bit for bit.
 """
 
 from __future__ import annotations
@@ -101,6 +101,11 @@ def twilight_attention(
         return out.unsqueeze(1), None
     if is_stand_in:
         key, value = layer.full()
+    if is_plain and padding is not None and layer.prefill.pays(query, key):
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = layer.prefill.attend(query, key, value, scaling, padding)
+        layer.commit(padding)
+        return out.transpose(1, 2), None
     layer.commit(padding)
     return _stock(module, query, key, value, attention_mask, scaling, dropout, kwargs)
 

@@ -12,12 +12,14 @@ from .layout import (
     KeyCodec,
     KeyPages,
     PlainTokens,
+    StripePlan,
     ValueCodec,
     ValuePages,
     key_token_bytes,
     packed_size,
     value_token_bytes,
 )
+from .prefill import attend_stripes, select_stripes
 from .score import key_logits, page_scores
 from .top_p import top_p_threshold
 
@@ -25,8 +27,10 @@ __all__ = [
     "KeyCodec",
     "KeyPages",
     "PlainTokens",
+    "StripePlan",
     "ValueCodec",
     "ValuePages",
+    "attend_stripes",
     "backend_name",
     "decode_attention",
     "key_logits",
@@ -36,6 +40,7 @@ __all__ = [
     "pack",
     "packed_size",
     "page_scores",
+    "select_stripes",
     "store_key_pages",
     "store_value_pages",
     "top_p_threshold",

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from ._reference_prefill import attend_stripes as attend_stripes
+from ._reference_prefill import select_stripes as select_stripes
 from .layout import KeyPages, PlainTokens, ValuePages, packed_size, planes
 
 
