@@ -19,7 +19,7 @@ from .layout import (
     value_token_bytes,
 )
 from .score import channel_logits, key_logits, page_masses, page_scores
-from .top_p import top_p_threshold
+from .top_p import top_p_flags, top_p_threshold
 
 __all__ = [
     "KeyCodec",
@@ -40,6 +40,7 @@ __all__ = [
     "page_scores",
     "store_key_pages",
     "store_value_pages",
+    "top_p_flags",
     "top_p_threshold",
     "unpack",
     "value_token_bytes",

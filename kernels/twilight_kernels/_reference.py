@@ -272,6 +272,24 @@ def top_p_threshold(logits: Tensor, p: float, *, forced_lse: Tensor | None = Non
     return result
 
 
+def top_p_flags(logits: Tensor, p: float, *, forced_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Flag what some query head of a KV head needs to carry a share ``p`` of its mass.
+
+    Args:
+        logits: ``[B, K, G, N]`` float32, log masses; ``-inf`` marks entries that do not exist.
+        p: mass to keep, in ``(0, 1]``; 1.0 keeps everything.
+        forced_lse: ``[B, K, G]`` float32, log-sum-exp of what is kept in any case and counts as mass.
+    Returns:
+        ``[B, K, N]`` bool, the union over G of the entries at or above ``top_p_threshold``; ``[B, K, G]`` float32, the
+        share of each query head's mass that flagged entries and forced mass carry.
+    Source: Twilight, arXiv 2502.02770, section 4.2 (union over the heads of a group).
+    """
+    limit = top_p_threshold(logits.flatten(0, 2), p, forced_lse=forced_lse.flatten()).view(forced_lse.shape)
+    flags = ((logits >= limit[..., None]) & (logits > -math.inf)).any(2)
+    kept = logits.masked_fill(~flags.unsqueeze(2), -math.inf).logsumexp(-1).logaddexp(forced_lse)
+    return flags, (kept - logits.logsumexp(-1).logaddexp(forced_lse)).exp()
+
+
 def decode_attention(
     query: Tensor,
     key_pages: KeyPages,
