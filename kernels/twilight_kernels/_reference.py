@@ -162,14 +162,18 @@ def page_masses(query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: 
     Returns:
         ``[B, H, P]`` float32, log of the estimated sum of ``exp(logit)`` over the page's tokens; ``-inf`` where no
         page is.
-    Source: mean of a log-normal, ``page_size * exp(q . middle + sum((q * range / 4) ** 2) / 2)``: channels that do
-    not depend on each other, of standard deviation a quarter of their range.
+    Source: the free energy of independent normal logits (Derrida, Phys. Rev. B 24, 1981): of mean ``q . middle`` and
+    deviation ``s = norm(q * range) / 4``, n of them have the log mass ``ln n + s ** 2 / 2`` above the mean, but from
+    ``s = sqrt(2 ln n)`` on, where the largest alone counts, ``s * sqrt(2 ln n)``.
     """
     low, high = _bounds(pages, block_table, _wide(query.dtype))  # [B, P, K, D]
     q = _per_kv_head(query, low.shape[2]) * scaling  # [B, K, G, D]
     mean = torch.einsum("bkgd,bpkd->bkgp", q, (low + high) / 2)
-    variance = torch.einsum("bkgd,bpkd->bkgp", q.square(), ((high - low) / 4).square())
-    return _without_absent((mean + variance / 2 + math.log(pages.codec.page_size)).flatten(1, 2), num_pages)
+    spread = torch.einsum("bkgd,bpkd->bkgp", q.square(), ((high - low) / 4).square()).sqrt()
+    tokens = math.log(pages.codec.page_size)
+    few = math.sqrt(2 * tokens)
+    excess = torch.where(spread < few, tokens + spread.square() / 2, spread * few)
+    return _without_absent((mean + excess).flatten(1, 2), num_pages)
 
 
 def channel_logits(
