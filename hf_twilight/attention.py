@@ -107,6 +107,8 @@ def twilight_attention(
         layer.commit(padding)
         return out.transpose(1, 2), None
     layer.commit(padding)
+    if query.shape[2] > 1:
+        layer.observe(query, query.shape[-1] ** -0.5 if scaling is None else scaling)
     return _stock(module, query, key, value, attention_mask, scaling, dropout, kwargs)
 
 

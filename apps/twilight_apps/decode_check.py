@@ -50,11 +50,10 @@ def check_decode(name: str, store: LayerStore, step: Step, inputs: AttentionInpu
     assert store.stats is not None
     assert store.keys is not None
     assert store.plain is not None
-    scored, needed, kept, _ = store.stats[0].T.tolist()
+    scored, needed, kept, _, _ = store.stats[0].T.tolist()
     policy = store.policy
-    candidates = None
-    if policy.p < 1.0 and step.most_pages * store.key_codec.page_size >= policy.min_sparse_len:
-        candidates = policy.selector.select(inputs.query, store.keys, step.block_table, step.num_pages, inputs.scaling)
+    selection = store.select(inputs.query, inputs.scaling, step)
+    candidates = None if selection is None else selection.pages
     worst, allowed, masses = 0.0, 0.0, []
     per_kv = out.shape[1] // store.plain.keys.shape[1]
     for k in range(store.plain.keys.shape[1]):

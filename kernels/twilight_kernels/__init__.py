@@ -20,8 +20,8 @@ from .layout import (
     value_token_bytes,
 )
 from .prefill import attend_stripes, select_stripes
-from .score import key_logits, page_scores
-from .top_p import top_p_threshold
+from .score import channel_logits, key_logits, page_masses, page_scores
+from .top_p import top_p_flags, top_p_threshold
 
 __all__ = [
     "KeyCodec",
@@ -32,6 +32,7 @@ __all__ = [
     "ValuePages",
     "attend_stripes",
     "backend_name",
+    "channel_logits",
     "decode_attention",
     "key_logits",
     "key_token_bytes",
@@ -39,10 +40,12 @@ __all__ = [
     "load_value_pages",
     "pack",
     "packed_size",
+    "page_masses",
     "page_scores",
     "select_stripes",
     "store_key_pages",
     "store_value_pages",
+    "top_p_flags",
     "top_p_threshold",
     "unpack",
     "value_token_bytes",
