@@ -37,6 +37,7 @@ CANDIDATES, CANDIDATE_COLUMNS = 42, 43  # 0 if every page is scored
 MIN_KEEP, MIN_SPARSE_LEN = 44, 45
 STATS = 46  # float64 [heads * q_per_kv, 4], or 0
 SCALING, P = 47, 48  # float64
+PLAIN_TABLE, PLAIN_COLUMNS, NUM_SINKS = 49, 50, 51  # 0 if plain tokens are not in pages
 
 
 def new_block() -> np.ndarray:
