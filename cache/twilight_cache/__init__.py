@@ -2,7 +2,9 @@
 
 from .accounting import LayerBytes
 from .layer_store import DecodePolicy, LayerStore
+from .paged_store import PagedStore, RowTables
 from .pool import PagePool
+from .prefix_tree import Match, PrefixTree, TreePage
 from .selectors import SELECTORS, Full, Quest, Selector, Streaming
 from .sequences import DRAFT_SLACK, Crop, Flush, Layout, SequenceBatch, Step
 
@@ -16,10 +18,15 @@ __all__ = [
     "LayerBytes",
     "LayerStore",
     "Layout",
+    "Match",
     "PagePool",
+    "PagedStore",
+    "PrefixTree",
     "Quest",
+    "RowTables",
     "Selector",
     "SequenceBatch",
     "Step",
     "Streaming",
+    "TreePage",
 ]
