@@ -176,6 +176,14 @@ class PrefixTree:
         if page.is_listed:
             page.parent.children[key] = page
 
+    def truncate(self, page: TreePage, count: int) -> None:
+        """Take tokens back that were never computed, all but the first ``count``; no page may follow."""
+        assert page.parent is not None and not page.children and not page.open
+        if page.is_full and page.is_listed:
+            del page.parent.children[tuple(page.tokens)]
+            page.parent.open.append(page)
+        del page.tokens[count:]
+
     def merge(self, page: TreePage, follower: TreePage | None) -> TreePage:
         """Replace a full page by the listed one of the same tokens, which takes over what it lacks.
 

@@ -86,6 +86,7 @@ class StepPlan:
         copies: ``(source, target, count)``: plain slots, and how many tokens at the start are copied.
         packs: pages to pack, from their plain slot to their packed one, once all is written and copied.
         fresh: pages that hold nothing valid before the step has run.
+        extended: pages that get more tokens, and how many they held before.
         sources: pages to be copied from, held until the step has run.
         preempted: requests that lost their pages.
         admitted: requests that started.
@@ -96,6 +97,7 @@ class StepPlan:
     copies: list[tuple[int, int, int]] = field(default_factory=list)
     packs: list[TreePage] = field(default_factory=list)
     fresh: list[TreePage] = field(default_factory=list)
+    extended: list[tuple[TreePage, int]] = field(default_factory=list)
     sources: list[TreePage] = field(default_factory=list)
     preempted: list[ScheduledRequest] = field(default_factory=list)
     admitted: list[ScheduledRequest] = field(default_factory=list)
@@ -211,6 +213,9 @@ class Scheduler:
         for page in plan.fresh:
             if page.serial in self.tree.pages:
                 self.tree.remove(page)
+        for page, count in plan.extended:
+            if page.serial in self.tree.pages:
+                self.tree.truncate(page, count)
         for page in plan.packs:
             if page.serial in self.tree.pages:
                 self.tree.drop_packed(page)
@@ -342,6 +347,8 @@ class Scheduler:
             page = request.pages[-1] if request.pages else None
             if page is None or page.is_full:
                 page = self._begin_page(request, plan, slots.pop())
+            elif at == start:
+                plan.extended.append((page, len(page.tokens)))
             taken = min(page.end, end) - at
             page.tokens.extend(request.tokens[at : at + taken])
             at += taken
