@@ -182,7 +182,7 @@ class Engine:
             live = _Live(scheduled, params, handle, stream, seed, time.perf_counter())
             self._inbox.append(live)
             self._live[handle] = live
-            self._condition.notify()
+            self._condition.notify_all()
         return handle
 
     def generate(
@@ -211,14 +211,8 @@ class Engine:
         try:
             with tqdm(total=len(prompts), desc="requests", disable=not progress) as bar:
                 for prompt, one in zip(prompts, params, strict=True):
-                    while True:
-                        try:
-                            handles.append(self.submit(prompt, one))
-                            break
-                        except QueueFull:
-                            done.append(handles[len(done)].result())
-                            bar.update()
-                for handle in handles[len(done) :]:
+                    handles.append(self._submit_when_room(prompt, one))
+                for handle in handles:
                     done.append(handle.result())
                     bar.update()
         finally:
@@ -234,7 +228,7 @@ class Engine:
         """Cancel what runs, stop the thread, give the model its attention back; closing twice is fine."""
         with self._condition:
             self._is_closing = True
-            self._condition.notify()
+            self._condition.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -245,6 +239,15 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _submit_when_room(self, prompt: str | Sequence[int], params: SamplingParams) -> RequestHandle:
+        """Submit; where the queue is full, wait until the worker has taken something from it."""
+        while True:
+            try:
+                return self.submit(prompt, params)
+            except QueueFull:
+                with self._condition:
+                    self._condition.wait(timeout=0.1)
 
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -271,7 +274,7 @@ class Engine:
     def _request_cancel(self, handle: RequestHandle) -> None:
         with self._condition:
             self._cancelled.append(handle)
-            self._condition.notify()
+            self._condition.notify_all()
 
     def _work(self) -> None:
         """Run steps until closed. Everything below happens on the worker thread."""
@@ -380,13 +383,13 @@ class Engine:
         scheduled = live.scheduled
         self._scheduler.finish(scheduled)
         with self._condition:
+            self._condition.notify_all()  # there is room in the queue
             self._live.pop(live.handle, None)
             if live in self._inbox:
                 self._inbox.remove(live)
         self._by_schedule.pop(scheduled, None)
-        rest = live.stream.finish() if reason == "cancelled" else ""
-        if rest:
-            live.handle._push(Token(-1, rest, finish_reason=reason))
+        if reason == "cancelled":
+            live.handle._push(Token(-1, live.stream.finish(), finish_reason=reason))
         since = live.submitted
         live.handle._finish(
             Completion(

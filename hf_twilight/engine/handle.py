@@ -18,7 +18,7 @@ class Token:
     """One generated token.
 
     Attributes:
-        token_id: its id; -1 for text that was held back and follows the last token.
+        token_id: its id; -1 for the end of a cancelled request, with the text that was held back.
         text: text that became certain with it, possibly empty.
         logprob: log-probability under the model, before temperature and penalties; None unless asked for.
         top_logprobs: likeliest ids with theirs.
