@@ -14,8 +14,9 @@ from transformers.cache_utils import DynamicLayer
 from twilight_cache import PagePool, PrefixTree
 
 from ..attention import ATTENTION_NAME
+from .plan import ScheduledRequest
 from .runner import Runner
-from .scheduler import ScheduledRequest, Scheduler
+from .scheduler import Scheduler
 
 _UNKNOWN_CONTEXT = 32768
 _PROBE_LENGTHS = (5, 3)

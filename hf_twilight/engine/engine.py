@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from twilight_cache import PagePool, PrefixTree
+from twilight_kernels import release_threads
 
 from ..config import TwilightConfig, as_config
 from .eligibility import attention_switched, check_model, context_of, end_tokens, probe, vocab_size
-from .handle import Completion, FinishReason, RequestHandle, Timings, Token
+from .handle import Completion, RequestHandle
+from .plan import ScheduledRequest
 from .runner import Runner, key_codec, value_codec
-from .sampling import Choice, SamplingParams, choose
-from .scheduler import ScheduledRequest, Scheduler, StepPlan
+from .sampling import SamplingParams
+from .scheduler import Scheduler
 from .stats import EngineStats, collect_stats
 from .text import TextStream
-
-logger = logging.getLogger(__name__)
+from .worker import Live, Worker
 
 _DEFAULT_TOKENS = 2048  # of cache for each request that may run, where nobody says how many
 
@@ -41,23 +37,6 @@ class QueueFull(RuntimeError):
 
 class EngineClosed(RuntimeError):
     """The engine was closed, or died of the error that is this one's cause."""
-
-
-@dataclass(eq=False)
-class _Live:
-    """A request as the engine sees it."""
-
-    scheduled: ScheduledRequest
-    params: SamplingParams
-    handle: RequestHandle
-    stream: TextStream
-    seed: int
-    submitted: float
-    started: float | None = None
-    first_token: float | None = None
-    logprobs: list[float] = field(default_factory=list)
-    top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
-    text: str = ""
 
 
 class Engine:
@@ -107,33 +86,32 @@ class Engine:
             max_cache_tokens = max(max_running * _DEFAULT_TOKENS, self.context)
         _require_whole("max_cache_tokens", max_cache_tokens, layout.page_size)
         self.max_cache_tokens = max_cache_tokens
-        self._eos = end_tokens(model, tokenizer)
         self._scheduler, self._runner = _build(model, self.settings, max_running, max_cache_tokens, prefill_tokens)
-        self._attention = attention_switched(model)
-        self._attention.__enter__()
+        attention = attention_switched(model)
+        attention.__enter__()
         try:
             with torch.inference_mode():
                 probe(model, self._runner)
+            if model.device.type == "cpu":
+                release_threads()  # from here on the worker computes
         except BaseException:
-            self._attention.__exit__(None, None, None)
+            attention.__exit__(None, None, None)
             raise
-        self._condition = threading.Condition()
-        self._inbox: deque[_Live] = deque()
-        self._cancelled: deque[RequestHandle] = deque()
-        self._live: dict[RequestHandle, _Live] = {}
-        self._by_schedule: dict[ScheduledRequest, _Live] = {}
         self._arrivals = 0
-        self._generated = 0
-        self._is_closing = False
-        self._step_s = 0.0
-        self.error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, name="twilight-engine", daemon=True)
-        self._thread.start()
+        self._worker = Worker(
+            self._scheduler, self._runner, end_tokens(model, tokenizer), lambda: attention.__exit__(None, None, None)
+        )
 
     @property
     def is_alive(self) -> bool:
         """Whether requests are taken; False once closed or dead."""
-        return self._thread.is_alive() and not self._is_closing and self.error is None
+        worker = self._worker
+        return worker.thread.is_alive() and not worker.is_closing and worker.error is None
+
+    @property
+    def error(self) -> BaseException | None:
+        """What the engine died of, if it did."""
+        return self._worker.error
 
     def submit(
         self,
@@ -164,25 +142,23 @@ class Engine:
                 f"prompt and max_tokens must fit the cache of {self.max_cache_tokens} tokens, got {len(ids)} + "
                 f"{max_tokens}; raise max_cache_tokens or ask for fewer"
             )
-        with self._condition:
+        worker = self._worker
+        with worker.condition:
             self._require_alive()
-            waiting = len(self._inbox) + len(self._scheduler.waiting)
+            waiting = worker.num_waiting
             if waiting >= self.max_waiting + max(0, self.max_running - len(self._scheduler.running)):
                 raise QueueFull(
                     f"{waiting} requests wait already, at most {self.max_waiting} may; try again later or raise "
                     "max_waiting",
-                    retry_after_s=max(1.0, self._step_s * 16),
+                    retry_after_s=max(1.0, worker.step_s * 16),
                 )
             self._arrivals += 1
             name = f"request-{self._arrivals}" if request_id is None else request_id
             seed = params.seed if params.seed is not None else (self.seed << 32 | self._arrivals) % (1 << 64)
-            handle = RequestHandle(name, self._request_cancel)
+            handle = RequestHandle(name, worker.cancel)
             scheduled = ScheduledRequest(name, ids, len(ids), max_tokens, priority)
             stream = TextStream(self.tokenizer, params.stop)
-            live = _Live(scheduled, params, handle, stream, seed, time.perf_counter())
-            self._inbox.append(live)
-            self._live[handle] = live
-            self._condition.notify_all()
+            worker.post(Live(scheduled, params, handle, stream, seed, time.perf_counter()))
         return handle
 
     def generate(
@@ -222,15 +198,11 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Count what was done and is held right now."""
-        return collect_stats(self._scheduler, self._runner, len(self._inbox), self._generated)
+        return collect_stats(self._scheduler, self._runner, len(self._worker.inbox), self._worker.generated)
 
     def close(self) -> None:
         """Cancel what runs, stop the thread, give the model its attention back; closing twice is fine."""
-        with self._condition:
-            self._is_closing = True
-            self._condition.notify_all()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        self._worker.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -246,8 +218,8 @@ class Engine:
             try:
                 return self.submit(prompt, params)
             except QueueFull:
-                with self._condition:
-                    self._condition.wait(timeout=0.1)
+                with self._worker.condition:
+                    self._worker.condition.wait(timeout=0.1)
 
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -268,147 +240,8 @@ class Engine:
     def _require_alive(self) -> None:
         if self.error is not None:
             raise EngineClosed(f"the engine died: {self.error}") from self.error
-        if self._is_closing or not self._thread.is_alive():
+        if not self.is_alive:
             raise EngineClosed("the engine is closed; make a new one")
-
-    def _request_cancel(self, handle: RequestHandle) -> None:
-        with self._condition:
-            self._cancelled.append(handle)
-            self._condition.notify_all()
-
-    def _work(self) -> None:
-        """Run steps until closed. Everything below happens on the worker thread."""
-        error: BaseException | None = None
-        try:
-            with torch.inference_mode():
-                while self._take_messages():
-                    self._step()
-        except BaseException as caught:  # whatever it is, those who wait must hear of it
-            error = self.error = caught
-            logger.exception("the engine died")
-        finally:
-            self._attention.__exit__(None, None, None)
-            with self._condition:
-                self._is_closing = True
-                left = list(self._live.values())
-            for live in left:
-                self._end(live, "cancelled" if error is None else "error", error)
-
-    def _take_messages(self) -> bool:
-        """Take new and cancelled requests; wait if there is nothing to do. False if closing."""
-        with self._condition:
-            scheduler = self._scheduler
-            while not (self._inbox or self._cancelled or self._is_closing or scheduler.running or scheduler.waiting):
-                self._condition.wait()
-            if self._is_closing:
-                return False
-            arrived, self._inbox = self._inbox, deque()
-            cancelled, self._cancelled = self._cancelled, deque()
-            for live in arrived:
-                self._by_schedule[live.scheduled] = live
-                scheduler.add(live.scheduled)
-        for handle in cancelled:
-            if handle in self._live:
-                self._end(self._live[handle], "cancelled")
-        return True
-
-    def _step(self) -> None:
-        plan = self._scheduler.plan()
-        now = time.perf_counter()
-        for request in plan.admitted:
-            live = self._by_schedule[request]
-            live.started = now if live.started is None else live.started
-        if not plan.segments:
-            return
-        try:
-            logits = self._runner.run(plan)
-        except Exception as error:
-            self._after_failure(plan, error)
-            return
-        self._scheduler.commit(plan)
-        self._choose(plan, logits)
-        self._step_s = 0.9 * self._step_s + 0.1 * (time.perf_counter() - now)
-
-    def _after_failure(self, plan: StepPlan, error: Exception) -> None:
-        """Find out whose fault it was by running each request alone; one that fails alone is to blame."""
-        self._scheduler.rollback(plan)
-        if len(plan.segments) == 1:
-            request = plan.segments[0].request
-            logger.warning("request %s failed: %s", request.request_id, error)
-            self._end(self._by_schedule[request], "error", error)
-
-    def _choose(self, plan: StepPlan, logits: Tensor) -> None:
-        """Choose the next token of every segment that ends where its request does."""
-        lives = [self._by_schedule[segment.request] for segment in plan.segments if segment.is_last]
-        greedy = [index for index, live in enumerate(lives) if live.params.is_plain_greedy]
-        largest = logits.max(-1) if greedy else None
-        for index, live in enumerate(lives):
-            try:
-                if live.params.is_plain_greedy and largest is not None:
-                    if not bool(largest.values[index] < torch.inf):
-                        raise ValueError("logits must be finite, got NaN or infinity; check the model's dtype")
-                    choice = Choice(int(largest.indices[index]))
-                else:
-                    scheduled = live.scheduled
-                    choice = choose(
-                        logits[index].clone(), live.params, scheduled.tokens, scheduled.prompt_len, live.seed
-                    )
-                self._take_token(live, choice)
-            except Exception as error:  # a processor's or tokenizer's: this request's own
-                self._end(live, "error", error)
-
-    def _take_token(self, live: _Live, choice: Choice) -> None:
-        """Add a token to a request and end it if it is the last."""
-        live.first_token = time.perf_counter() if live.first_token is None else live.first_token
-        scheduled, params = live.scheduled, live.params
-        scheduled.tokens.append(choice.token_id)
-        self._generated += 1
-        if choice.logprob is not None:
-            live.logprobs.append(choice.logprob)
-            live.top_logprobs.append(choice.top_logprobs)
-        text = live.stream.push(choice.token_id)
-        reason: FinishReason | None = None
-        if live.stream.is_stopped or (choice.token_id in self._eos and not params.ignore_eos):
-            reason = "stop"
-        elif scheduled.generated >= scheduled.max_tokens:
-            reason = "length"
-        if reason is not None:
-            text += live.stream.finish()
-        live.handle._push(Token(choice.token_id, text, choice.logprob, choice.top_logprobs, reason))
-        if reason is not None:
-            self._end(live, reason)
-
-    def _end(self, live: _Live, reason: FinishReason, error: BaseException | None = None) -> None:
-        """Take a request out and tell whoever waits for it."""
-        scheduled = live.scheduled
-        self._scheduler.finish(scheduled)
-        with self._condition:
-            self._condition.notify_all()  # there is room in the queue
-            self._live.pop(live.handle, None)
-            if live in self._inbox:
-                self._inbox.remove(live)
-        self._by_schedule.pop(scheduled, None)
-        if reason == "cancelled":
-            live.handle._push(Token(-1, live.stream.finish(), finish_reason=reason))
-        since = live.submitted
-        live.handle._finish(
-            Completion(
-                text=live.stream.text,
-                token_ids=scheduled.tokens[scheduled.prompt_len :],
-                finish_reason=reason,
-                prompt_tokens=scheduled.prompt_len,
-                cached_tokens=max(0, scheduled.cached_tokens),
-                logprobs=live.logprobs,
-                top_logprobs=live.top_logprobs,
-                timings=Timings(
-                    None if live.started is None else live.started - since,
-                    None if live.first_token is None else live.first_token - since,
-                    time.perf_counter() - since,
-                ),
-                request_id=scheduled.request_id,
-            ),
-            error,
-        )
 
 
 def _build(

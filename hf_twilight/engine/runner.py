@@ -26,7 +26,7 @@ from twilight_kernels import KeyCodec, ValueCodec
 
 from ..attention import STEP_ARGUMENT
 from ..config import TwilightConfig
-from .scheduler import Segment, StepPlan
+from .plan import Segment, StepPlan
 
 _LOGITS_BYTES = 1 << 23  # of scores that one attention call keeps: what fits the caches
 

@@ -154,7 +154,7 @@ def test_a_fatal_error_closes_the_engine_and_tells_everybody(
     for handle in handles:
         with pytest.raises((RuntimeError, EngineClosed), match="broken plan"):
             handle.result(timeout=10)
-    engine._thread.join(10)
+    engine._worker.thread.join(10)
     assert not engine.is_alive and "broken plan" in str(engine.error)
     with pytest.raises(EngineClosed, match="broken plan"):
         engine.submit(PROMPT)
@@ -284,6 +284,6 @@ def test_soak_leaks_no_page_and_answers_right(make_engine: Callable[..., Engine]
             sizes.append(len(gc.get_objects()))
     assert stats.evictions > 100
     assert sizes[-1] < sizes[0] * 1.02
-    assert not engine._live and not engine._by_schedule
+    assert not engine._worker.live and not engine._worker.by_schedule
     engine._scheduler.tree.clear()
     assert engine.stats().pages_used == engine.stats().plain_pages_used == 0

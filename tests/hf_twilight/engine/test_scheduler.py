@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from hf_twilight.engine.scheduler import AGEING_STEPS, ScheduledRequest, Scheduler, StepPlan
+from hf_twilight.engine.plan import ScheduledRequest, StepPlan
+from hf_twilight.engine.scheduler import AGEING_STEPS, Scheduler
 from twilight_cache import Layout, PagePool, PrefixTree, TreePage
 
 LAYOUT = Layout(page_size=4, num_sinks=2, window=6)
