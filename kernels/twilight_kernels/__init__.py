@@ -4,7 +4,7 @@ Every kernel is defined by the function of its name in ``_reference``. This fold
 relatively, so a copy of it under another name works.
 """
 
-from ._backend import backend_name
+from ._backend import backend_name, release_threads
 from ._reference import pack, unpack
 from .codec import load_key_pages, load_value_pages, store_key_pages, store_value_pages
 from .decode import decode_attention
@@ -42,6 +42,7 @@ __all__ = [
     "packed_size",
     "page_masses",
     "page_scores",
+    "release_threads",
     "select_stripes",
     "store_key_pages",
     "store_value_pages",
