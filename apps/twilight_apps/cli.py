@@ -9,7 +9,7 @@ import typer
 
 from . import options
 from .cli_bench import bench
-from .cli_serve import serve
+from .cli_serve import chat, serve
 from .environment import print_json
 from .session import session
 
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.command()(serve)
+app.command()(chat)
 
 
 def main() -> None:

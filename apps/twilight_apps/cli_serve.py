@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import options
+from .chat import Chat
 from .session import session
+
+if TYPE_CHECKING:
+    from .chat_partners import Manner
+
+EXIT_FAILED = 1
 
 
 def serve(
@@ -64,3 +70,62 @@ def serve(
         engine = EngineOptions(max_running, max_waiting, max_cache_tokens, prefill_tokens, seed)
         served = ServedModel(model, dtype, parse_settings(preset, changes), name, chat_template, engine)
         run(served, Address(host, port, read_key(api_key, api_key_file)), limits)
+
+
+def chat(
+    url: Annotated[str | None, typer.Option(help="A server's address; default: load a model here.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Default: smollm2; with --url the server's first.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="For --url.", envvar=["HF_TWILIGHT_API_KEY", "OPENAI_API_KEY"])
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="What the model shall be.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer; default: what the context leaves.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 takes the likeliest token; default: the server's, or 0 here.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights, as for serve; not with --url.")] = None,
+    preset: Annotated[str | None, typer.Option(help="As for serve; not with --url.")] = None,
+    changes: options.Set = options.NO_CHANGES,
+    seed: Annotated[int | None, typer.Option(help="Of the answers' random numbers.")] = None,
+    threads: options.Threads = None,
+    verbose: options.Verbose = 0,
+    quiet: options.Quiet = False,
+) -> None:
+    """Talk to a model: one that a server has (any with OpenAI's API), or one loaded here.
+
+    Reads questions line by line, so a file can be piped in. Exit status 1 if an answer failed.
+
+    \b
+    Examples:
+      hf-twilight chat
+      hf-twilight chat --url http://127.0.0.1:8000
+      echo "What is a whale?" | hf-twilight chat --max-tokens 60
+    """
+    with session(verbose=verbose, quiet=quiet, threads=threads):
+        from .chat_partners import Manner, ServerPartner
+
+        manner = Manner(max_tokens, temperature, seed)
+        if url is not None:
+            if dtype is not None or preset is not None or changes:
+                raise ValueError("--url must stand without --dtype, --preset and --set: the server has its own")
+            failures = Chat(ServerPartner(url, model, api_key, manner), system).run()
+        else:
+            failures = _chat_here(model or "smollm2", dtype or "auto", preset or "balanced", changes, system, manner)
+    if failures:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _chat_here(name: str, dtype: str, preset: str, changes: list[str], system: str | None, manner: Manner) -> int:
+    """Load a model and talk to it; return how many answers failed."""
+    from hf_twilight.engine import Engine
+
+    from .chat_partners import ModelPartner
+    from .models import load, load_tokenizer, parse_settings
+
+    settings = parse_settings(preset, changes)
+    model, tokenizer = load(name, dtype), load_tokenizer(name)
+    context = model.config.get_text_config(decoder=True).max_position_embeddings
+    with Engine(model, tokenizer, settings=settings, max_running=1) as engine:
+        return Chat(ModelPartner(engine, tokenizer, name, context, manner), system).run()

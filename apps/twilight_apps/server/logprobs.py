@@ -14,7 +14,7 @@ def chat_logprobs(tokens: Sequence[Token], vocabulary: Vocabulary) -> dict[str, 
     """Return ``choices[].logprobs`` of a chat completion."""
     content = []
     for token in tokens:
-        others = [_entry(other, value, vocabulary) for other, value in _top(token)]
+        others = [_entry(other, value, vocabulary) for other, value in token.top_logprobs]
         content.append({**_entry(token.token_id, token.logprob, vocabulary), "top_logprobs": others})
     return {"content": content, "refusal": None}
 
@@ -35,7 +35,7 @@ def completion_logprobs(tokens: Sequence[Token], offset: int, vocabulary: Vocabu
         "tokens": [_text(token.token_id, vocabulary) for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
         "top_logprobs": [
-            {_text(other, vocabulary): value for other, value in [*_top(token), (token.token_id, token.logprob)]}
+            {_text(other, vocabulary): value for other, value in [*token.top_logprobs, (token.token_id, token.logprob)]}
             for token in tokens
         ],
         "text_offset": offsets,
@@ -49,7 +49,3 @@ def _entry(token_id: int, logprob: float | None, vocabulary: Vocabulary) -> dict
 
 def _text(token_id: int, vocabulary: Vocabulary) -> str:
     return vocabulary.token_bytes(token_id).decode("utf-8", "replace")
-
-
-def _top(token: Token) -> list[tuple[int, float]]:
-    return list((token.top_logprobs or {}).items())

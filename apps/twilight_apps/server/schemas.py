@@ -40,7 +40,7 @@ class Sampling(Strict):
     temperature: float | None = Field(None, ge=0, le=2, description="0 takes the likeliest token.")
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, le=_MAX_INT, description="0 keeps all.")
-    min_p: float | None = Field(None, ge=0, le=1)
+    min_p: float | None = Field(None, ge=0, lt=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)

@@ -111,7 +111,7 @@ class FakeHandle:
                     token_id=token,
                     text=new,
                     logprob=None if params.logprobs is None else float(logprobs[token]),
-                    top_logprobs=dict(zip(top.indices.tolist(), top.values.tolist(), strict=True)),
+                    top_logprobs=tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)),
                     finish_reason=reason,
                 )
             )
