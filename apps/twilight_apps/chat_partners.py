@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import httpx2
-    from transformers import PreTrainedTokenizerBase
 
     from hf_twilight.engine import Engine
 
@@ -137,38 +136,37 @@ class ModelPartner:
     """A model in this process.
 
     Args:
-        engine: runs it.
-        tokenizer: with a chat template.
+        engine: runs it; its tokenizer has a chat template.
         name: of the model.
-        context: tokens that conversation and answer may have.
         manner: how answers are sampled.
     Raises:
         ValueError: no chat template.
     """
 
-    def __init__(
-        self, engine: Engine, tokenizer: PreTrainedTokenizerBase, name: str, context: int, manner: Manner
-    ) -> None:
-        if not tokenizer.chat_template:
+    def __init__(self, engine: Engine, name: str, manner: Manner) -> None:
+        self._tokenizer: Any = engine.tokenizer
+        if not self._tokenizer.chat_template:
             raise ValueError(f"{name} must have a chat template to chat, got none; use hf-twilight generate --prompt")
         self.name, self.place = name, "this process"
         self.usage: Usage | None = None
-        self._engine, self._tokenizer, self._context, self._manner = engine, tokenizer, context, manner
+        self._engine, self._manner = engine, manner
 
     def answer(self, messages: Messages) -> Iterator[str]:
         """Yield an answer piece by piece.
 
         Raises:
             ValueError: the conversation is longer than the context.
-            RuntimeError: the engine failed.
+            Exception: what failed the request in the engine.
         """
         from hf_twilight.engine import SamplingParams
 
         text = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
         prompt: list[int] = self._tokenizer(str(text), add_special_tokens=False, verbose=False)["input_ids"]
-        room = self._context - len(prompt)
+        room = self._engine.context - len(prompt)
         if room < 1:
-            raise ValueError(f"the conversation has {len(prompt)} tokens of {self._context}; begin again with /new")
+            raise ValueError(
+                f"the conversation has {len(prompt)} tokens of {self._engine.context}; begin again with /new"
+            )
         manner = self._manner
         params = SamplingParams(
             max_tokens=min(room, manner.max_tokens or room), temperature=manner.temperature or 0.0, seed=manner.seed
@@ -181,8 +179,6 @@ class ModelPartner:
             done = handle.result()
         finally:
             handle.cancel()
-        if done.finish_reason == "error":
-            raise RuntimeError("the engine failed on this request; -v shows its log")
         self.usage = Usage(done.prompt_tokens, done.cached_tokens, len(done.token_ids))
 
 

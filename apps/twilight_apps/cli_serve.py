@@ -126,6 +126,5 @@ def _chat_here(name: str, dtype: str, preset: str, changes: list[str], system: s
 
     settings = parse_settings(preset, changes)
     model, tokenizer = load(name, dtype), load_tokenizer(name)
-    context = model.config.get_text_config(decoder=True).max_position_embeddings
     with Engine(model, tokenizer, settings=settings, max_running=1) as engine:
-        return Chat(ModelPartner(engine, tokenizer, name, context, manner), system).run()
+        return Chat(ModelPartner(engine, name, manner), system).run()

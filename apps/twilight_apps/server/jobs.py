@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
-from hf_twilight.engine import Completion, RequestHandle, Token
+from hf_twilight.engine import Completion, EngineClosed, RequestHandle, Token
 
 from .errors import ApiError
+
+logger = logging.getLogger(__name__)
 
 SERVER_STOPPED = "the server stopped before the answer was complete; try again later"
 
@@ -107,13 +110,14 @@ class Job:
                 choice.times.append(time.perf_counter())
                 arrived.put_nowait((index, token))
             choice.completion = await choice.handle
-            reason = choice.completion.finish_reason
-            if reason == "cancelled":
+            if choice.completion.finish_reason == "cancelled":
                 raise ApiError(503, SERVER_STOPPED, code="cancelled")
-            if reason == "error":
-                raise ApiError(500, "the request failed in the engine; the server's log has more", code="engine_error")
             arrived.put_nowait((index, None))
-        except asyncio.CancelledError:
-            raise
-        except Exception as error:
+        except ApiError as error:
             arrived.put_nowait((index, error))
+        except EngineClosed as error:
+            arrived.put_nowait((index, ApiError(503, str(error), code="engine_closed")))
+        except Exception as error:  # whatever failed this request in the engine
+            logger.warning("request %s failed: %r", choice.handle.request_id, error)
+            text = f"the request failed in the engine: {type(error).__name__}: {error}"
+            arrived.put_nowait((index, ApiError(500, text, code="engine_error")))

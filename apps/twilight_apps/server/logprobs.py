@@ -13,7 +13,7 @@ from .grammar import Vocabulary
 def chat_logprobs(tokens: Sequence[Token], vocabulary: Vocabulary) -> dict[str, Any]:
     """Return ``choices[].logprobs`` of a chat completion."""
     content = []
-    for token in tokens:
+    for token in _real(tokens):
         others = [_entry(other, value, vocabulary) for other, value in token.top_logprobs]
         content.append({**_entry(token.token_id, token.logprob, vocabulary), "top_logprobs": others})
     return {"content": content, "refusal": None}
@@ -28,6 +28,7 @@ def completion_logprobs(tokens: Sequence[Token], offset: int, vocabulary: Vocabu
         vocabulary: for the tokens' texts.
     """
     offsets = []
+    tokens = _real(tokens)
     for token in tokens:
         offsets.append(offset)
         offset += len(token.text)
@@ -40,6 +41,11 @@ def completion_logprobs(tokens: Sequence[Token], offset: int, vocabulary: Vocabu
         ],
         "text_offset": offsets,
     }
+
+
+def _real(tokens: Sequence[Token]) -> list[Token]:
+    """Leave out text that was held back and has no token of its own."""
+    return [token for token in tokens if token.token_id >= 0]
 
 
 def _entry(token_id: int, logprob: float | None, vocabulary: Vocabulary) -> dict[str, Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from hf_twilight.engine import EngineStats
 
 if TYPE_CHECKING:
     from .jobs import Choice, Job
@@ -15,19 +17,33 @@ if TYPE_CHECKING:
 PREFIX = "hf_twilight"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
-# metric, attribute of the engine's statistics, help
-_GAUGES = (
-    ("num_requests_running", "running", "Requests in the batch."),
-    ("num_requests_waiting", "waiting", "Requests in the queue."),
-    ("kv_cache_usage_perc", "cache_usage", "Share of the pages in use, 0 to 1."),
-    ("kv_cache_bytes", "kv_bytes", "Bytes of stored keys and values."),
+# metric, how it is read, help
+_GAUGES: tuple[tuple[str, Callable[[EngineStats], float], str], ...] = (
+    ("num_requests_running", lambda stats: stats.running, "Requests in the batch."),
+    ("num_requests_waiting", lambda stats: stats.waiting, "Requests in the queue."),
+    (
+        "kv_cache_usage_perc",
+        lambda stats: (stats.pages_used - stats.pages_idle) / max(1, stats.pages_used + stats.pages_free),
+        "Share of the pages that running requests hold, 0 to 1.",
+    ),
+    ("kv_cache_bytes", lambda stats: stats.kv_bytes, "Bytes of stored keys and values, all layers."),
+    ("pages_used", lambda stats: stats.pages_used, "Pages that hold tokens."),
+    ("pages_idle", lambda stats: stats.pages_idle, "Of those, cached and held by no request."),
+    ("pages_peak", lambda stats: stats.peak_pages, "Most pages in use so far."),
+    ("kept_attention_mass", lambda stats: stats.kept_mass, "Mean share of the attention mass attended, 0 to 1."),
 )
-_COUNTERS = (
-    ("prompt_tokens", "prompt_tokens", "Prompt tokens of all requests."),
-    ("generation_tokens", "generated_tokens", "Tokens generated."),
+_COUNTERS: tuple[tuple[str, Callable[[EngineStats], float], str], ...] = (
+    ("prompt_tokens", lambda stats: stats.prefill_rows + stats.cached_tokens, "Prompt tokens, computed or cached."),
+    ("prompt_tokens_computed", lambda stats: stats.prefill_rows, "Prompt tokens computed."),
+    ("prefix_cache_queries", lambda stats: stats.prefill_rows + stats.cached_tokens, "Prompt tokens looked up."),
+    ("prefix_cache_hits", lambda stats: stats.cached_tokens, "Prompt tokens found stored."),
+    ("generation_tokens", lambda stats: stats.generated_tokens, "Tokens generated."),
+    ("num_preemptions", lambda stats: stats.preemptions, "Times a request lost its pages."),
+    ("evicted_pages", lambda stats: stats.evictions, "Cached pages dropped to make room."),
+    ("forward_calls", lambda stats: stats.forward_calls, "Steps of the engine."),
+    ("scored_tokens", lambda stats: stats.scored_tokens, "Packed tokens scored, over rows, layers and heads."),
+    ("kept_tokens", lambda stats: stats.kept_tokens, "Packed tokens attended, over rows, layers and heads."),
 )
-# how much of the mean the latest request is
-_RECENT = 0.2
 
 
 class Metrics:
@@ -38,8 +54,7 @@ class Metrics:
         model: value of the label ``model_name``.
     """
 
-    def __init__(self, stats: Callable[[], Any], model: str) -> None:
-        self.recent_seconds = 1.0
+    def __init__(self, stats: Callable[[], EngineStats], model: str) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(stats, model))
         labels = {"labelnames": ("model_name",), "registry": self._registry}
@@ -77,7 +92,6 @@ class Metrics:
         if choice.times:
             self._first.observe(choice.times[0] - started)
             self._whole.observe(choice.times[-1] - started)
-            self.recent_seconds += _RECENT * (choice.times[-1] - started - self.recent_seconds)
         for before, after in pairwise(choice.times):
             self._between.observe(after - before)
 
@@ -85,18 +99,18 @@ class Metrics:
 class _EngineCollector:
     """Read the engine's statistics when Prometheus asks, instead of copying them after each step."""
 
-    def __init__(self, stats: Callable[[], Any], model: str) -> None:
+    def __init__(self, stats: Callable[[], EngineStats], model: str) -> None:
         self._stats = stats
         self._model = model
 
     def collect(self) -> Iterator[Metric]:
         """Yield one family for each statistic."""
         stats = self._stats()
-        for name, attribute, text in _GAUGES:
+        for name, read, text in _GAUGES:
             gauge = GaugeMetricFamily(f"{PREFIX}:{name}", text, labels=("model_name",))
-            gauge.add_metric((self._model,), float(getattr(stats, attribute)))
+            gauge.add_metric((self._model,), float(read(stats)))
             yield gauge
-        for name, attribute, text in _COUNTERS:
+        for name, read, text in _COUNTERS:
             counter = CounterMetricFamily(f"{PREFIX}:{name}", text, labels=("model_name",))
-            counter.add_metric((self._model,), float(getattr(stats, attribute)))
+            counter.add_metric((self._model,), float(read(stats)))
             yield counter

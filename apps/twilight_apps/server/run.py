@@ -108,14 +108,14 @@ def build_service(
     own = model.generation_config
     text_config = model.config.get_text_config(decoder=True)
     given = {name: getattr(own, name, None) for name in ("temperature", "top_p", "top_k")} if own.do_sample else {}
-    ends = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
-    end_tokens = [ends] if isinstance(ends, int) else list(ends or ())
+    ends = [own.eos_token_id] if isinstance(own.eos_token_id, int) else list(own.eos_token_id or ())
+    end_tokens = {token for token in [*ends, tokenizer.eos_token_id] if token is not None}
     return Service(
         engine=engine,
         name=name,
         prompts=Prompts(tokenizer, chat_template),
-        vocabulary=Vocabulary(tokenizer, text_config.vocab_size, end_tokens),
-        context=text_config.max_position_embeddings,
+        vocabulary=Vocabulary(tokenizer, text_config.vocab_size, sorted(end_tokens)),
+        context=engine.context,
         vocabulary_size=text_config.vocab_size,
         limits=limits,
         defaults=Defaults(**{name: value for name, value in given.items() if value is not None}),

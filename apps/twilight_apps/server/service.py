@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from hf_twilight.engine import Engine, EngineClosed, QueueFull, SamplingParams
 
 from .errors import ApiError
-from .jobs import SERVER_STOPPED, Job
+from .jobs import Job
 from .limits import Limits
 from .logits import Bias, Penalties, Processor, chain
 from .metrics import Metrics
@@ -202,17 +202,13 @@ class Service:
 
     def _refusal(self, error: Exception) -> ApiError:
         if isinstance(error, QueueFull):
-            wait = self._retry_after()
+            wait = max(1, min(_LONGEST_RETRY_S, math.ceil(error.retry_after_s)))
             return ApiError(429, f"{error}; try again in {wait} s", code="queue_full", retry_after=wait)
         if isinstance(error, EngineClosed):
-            return ApiError(503, SERVER_STOPPED, code="engine_closed")
+            return ApiError(503, str(error), code="engine_closed")
         if isinstance(error, ValueError | TypeError):
             return ApiError(400, str(error))
         raise error
-
-    def _retry_after(self) -> int:
-        """Seconds until the queue has likely moved: what a request took lately."""
-        return max(1, min(_LONGEST_RETRY_S, math.ceil(self.metrics.recent_seconds)))
 
 
 def _given(value: Value | None, default: Value) -> Value:

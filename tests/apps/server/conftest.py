@@ -9,7 +9,7 @@ import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import httpx2
@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_twilight.engine import Completion, EngineClosed, QueueFull, SamplingParams, Token
+from hf_twilight.engine import Completion, EngineClosed, EngineStats, QueueFull, SamplingParams, Token
 from twilight_apps.server.grammar import Vocabulary
 from twilight_apps.server.limits import Limits
 from twilight_apps.server.prompts import Prompts, template_text
@@ -26,14 +26,6 @@ from twilight_apps.server.service import Service
 
 CONTEXT = 2048
 PREFERRED = range(32, 127)  # letters rather than control characters
-
-
-@dataclass
-class FakeStats:
-    """What ``/metrics`` reads."""
-
-    running: int = 0
-    waiting: int = 0
 
 
 class FakeHandle:
@@ -45,6 +37,7 @@ class FakeHandle:
         self.is_cancelled = False
         self.tokens: list[Token] = []
         self.completion: Completion | None = None
+        self.error: Exception | None = None
         self._engine = engine
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -57,6 +50,7 @@ class FakeHandle:
             while index >= len(self.tokens) and self.completion is None:
                 time.sleep(0.001)
             if index >= len(self.tokens):
+                self._raise()
                 return
             yield self.tokens[index]
 
@@ -65,26 +59,33 @@ class FakeHandle:
             while index >= len(self.tokens) and self.completion is None:
                 await asyncio.sleep(0.001)
             if index >= len(self.tokens):
+                self._raise()
                 return
             yield self.tokens[index]
 
     def __await__(self) -> Generator[Any, None, Completion]:
         while self.completion is None:
             yield from asyncio.sleep(0.001).__await__()
+        self._raise()
         return self.completion
 
     def result(self, timeout: float | None = None) -> Completion:
         self._thread.join(timeout)
         if self.completion is None:
             raise TimeoutError
+        self._raise()
         return self.completion
+
+    def _raise(self) -> None:
+        if self.error is not None:
+            raise self.error
 
     def _run(self) -> None:
         ids: list[int] = []
         try:
             reason = self._generate(ids)
-        except Exception:
-            reason = "error"
+        except Exception as error:
+            reason, self.error = "error", error
         text = "".join(token.text for token in self.tokens)
         cached = self._engine.cached_tokens(self.prompt)
         self.completion = Completion(text, ids, reason, len(self.prompt), cached)
@@ -147,7 +148,7 @@ class FakeEngine:
         if self.is_closed:
             raise EngineClosed("closed")
         if len(self.live) >= self.capacity:
-            raise QueueFull(f"{self.capacity} requests are in flight")
+            raise QueueFull(f"{self.capacity} requests are in flight", retry_after_s=2.5)
         handle = FakeHandle(self, prompt, params, request_id or "")
         self.live.add(handle)
         self.seen.append(handle)
@@ -176,8 +177,9 @@ class FakeEngine:
         return max((sum(1 for _ in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(prompt, other, strict=False)))
                     for other in earlier), default=0)  # fmt: skip
 
-    def stats(self) -> FakeStats:
-        return FakeStats(running=len(self.live))
+    def stats(self) -> EngineStats:
+        counts = {field.name: 0 for field in fields(EngineStats)}
+        return EngineStats(**{**counts, "running": len(self.live), "kept_mass": 1.0})  # type: ignore[arg-type]
 
     def close(self) -> None:
         self.is_closed = True

@@ -143,7 +143,7 @@ def test_full_queue_is_429_and_leaves_nothing_behind(start_server: Callable[...,
     with start_server(capacity=2, token_s=0.02) as running:
         response = running.chat(n=3)
         assert _error(response, 429)["code"] == "queue_full"
-        assert 1 <= int(response.headers["retry-after"]) <= 60
+        assert response.headers["retry-after"] == "3"
         running.wait_idle()
         assert running.chat(n=2).status_code == 200
 
@@ -151,7 +151,7 @@ def test_full_queue_is_429_and_leaves_nothing_behind(start_server: Callable[...,
 def test_fault_in_the_engine_fails_that_request(start_server: Callable[..., Any]) -> None:
     with start_server() as running:
         running.engine.fault = RuntimeError("broken")
-        assert _error(running.chat(), 500)["code"] == "engine_error"
+        assert "broken" in _error(running.chat(), 500)["message"]
         with running.client() as client:
             body = {**CHAT, "stream": True}
             lines = [line for line in client.post("/v1/chat/completions", json=body).text.splitlines() if line]
