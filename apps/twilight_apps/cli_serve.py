@@ -58,8 +58,9 @@ def serve(
       hf-twilight serve --model ./my-model --preset compact --port 8080 --api-key-file key.txt
       hf-twilight serve --chat-template chatml-tools
     """
-    with session(verbose=verbose + 1, quiet=quiet, seed=seed, threads=threads):
+    with session(verbose=verbose, quiet=quiet, seed=seed, threads=threads):
         from .models import parse_settings
+        from .server.access_log import access_logged
         from .server.limits import Limits
         from .server.run import Address, EngineOptions, ServedModel, read_key, run
 
@@ -68,8 +69,11 @@ def serve(
             drain_s=drain_s,
         )  # fmt: skip
         engine = EngineOptions(max_running, max_waiting, max_cache_tokens, prefill_tokens, seed)
-        served = ServedModel(model, dtype, parse_settings(preset, changes), name, chat_template, engine)
-        run(served, Address(host, port, read_key(api_key, api_key_file)), limits)
+        described = " ".join([f"preset {preset}", *changes])
+        served = ServedModel(model, dtype, parse_settings(preset, changes), described, name, chat_template, engine)
+        address = Address(host, port, read_key(api_key, api_key_file))
+        with access_logged(verbose, quiet):
+            run(served, address, limits)
 
 
 def chat(

@@ -63,6 +63,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         return await _answer(await TextCompletion.begin(service, body, _request_id(request)), request)
 
     async def _answer(work: Chat | TextCompletion, request: Request) -> Response:
+        request.state.job = work.job  # for the log
         if work.request.stream:
             return EventStream(work.events(), service.limits.stall_s)
         try:

@@ -17,12 +17,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError, response
 from .event_stream import ClientGone
+from .jobs import Job
 from .service import Service
 
-logger = logging.getLogger(__name__)
+access_log = logging.getLogger(f"{__package__}.access")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _GUARDED = "/v1/"
+_PROBES = ("/health", "/metrics")
 # a body that is too large is read on for so many times the limit, so that its sender comes to read our answer
 _DISCARD = 8
 
@@ -68,11 +70,7 @@ class Gate:
             pass
         finally:
             self._running -= 1
-            seconds = time.perf_counter() - start
-            logger.info(
-                "%s %s %d %.2f s %s", scope["method"], scope["path"], status, seconds, request_id,
-                extra={"highlighter": None},
-            )  # fmt: skip
+            _log(scope, status, time.perf_counter() - start)
 
     async def _pass(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         if scope["path"].startswith(_GUARDED):
@@ -127,6 +125,15 @@ class Gate:
         if too_large:
             raise ApiError(413, f"the body must have at most {limits.max_body_bytes} bytes; send less")
         return b"".join(parts)
+
+
+def _log(scope: Scope, status: int, seconds: float) -> None:
+    """Write a line about a request that ended; those of probes only when all is logged."""
+    job: Job | None = scope["state"].get("job")
+    tokens = "" if job is None else f", {job.num_prompt_tokens} + {job.num_new_tokens} tokens"
+    level = logging.DEBUG if scope["path"] in _PROBES else logging.INFO
+    path, request_id = scope["path"].encode("ascii", "backslashreplace").decode(), scope["state"]["request_id"]
+    access_log.log(level, "%s %s %d in %.2f s%s (%s)", scope["method"], path, status, seconds, tokens, request_id)
 
 
 def _is_json(headers: Headers) -> bool:

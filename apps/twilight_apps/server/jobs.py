@@ -88,15 +88,24 @@ class Job:
                 choice.handle.cancel()
 
     @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the distinct prompts."""
+        return sum(self._prompt_tokens)
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Tokens that came so far, of all choices."""
+        return sum(token.token_id >= 0 for choice in self.choices for token in choice.tokens)
+
+    @property
     def usage(self) -> dict[str, object]:
         """OpenAI's usage of a finished job; a prompt counts once, however many choices it has."""
         done = [choice.completion for choice in self.choices if choice.completion is not None]
-        prompt = sum(self._prompt_tokens)
         generated = sum(len(completion.token_ids) for completion in done)
         return {
-            "prompt_tokens": prompt,
+            "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": generated,
-            "total_tokens": prompt + generated,
+            "total_tokens": self.num_prompt_tokens + generated,
             "prompt_tokens_details": {
                 "cached_tokens": sum(completion.cached_tokens for completion in done[:: self._num_choices])
             },

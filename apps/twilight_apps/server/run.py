@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -66,6 +66,7 @@ class ServedModel:
         model: name of the model to load.
         dtype: of its weights.
         settings: of its cache.
+        settings_name: what people call them.
         name: what clients call it; None for the model's own name.
         chat_template: a file or a built-in template, instead of the tokenizer's.
     """
@@ -73,6 +74,7 @@ class ServedModel:
     model: str
     dtype: str
     settings: TwilightConfig
+    settings_name: str
     name: str | None = None
     chat_template: str | None = None
     engine: EngineOptions = field(default_factory=EngineOptions)
@@ -91,7 +93,7 @@ def run(served: ServedModel, address: Address, limits: Limits) -> None:
         model, tokenizer = models.load(served.model, served.dtype), models.load_tokenizer(served.model)
         with Engine(model, tokenizer, settings=served.settings, **vars(served.engine)) as engine:
             service = build_service(served.name or served.model, engine, model, tokenizer, limits, template)
-            _introduce(service, model, listener, address)
+            _introduce(service, model, served.settings_name, listener, address)
             serve(service, listener, address.api_key)
     tables.say("stopped")
 
@@ -206,16 +208,16 @@ def read_key(text: str | None, path: Path | None) -> str | None:
     return key
 
 
-def _introduce(service: Service, model: PreTrainedModel, listener: socket.socket, address: Address) -> None:
+def _introduce(
+    service: Service, model: PreTrainedModel, preset: str, listener: socket.socket, address: Address
+) -> None:
     host, port = listener.getsockname()[:2]
     base = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    facts: list[tuple[str, Any]] = [
-        ("model", f"{service.name} ({str(model.dtype).removeprefix('torch.')}), {service.context:,} tokens of context"),
-        ("OpenAI API", f"{base}/v1" + (", with an API key" if address.api_key else "")),
-        ("also", f"{base}/docs /metrics /health"),
-    ]
-    for name, fact in facts:
-        tables.say(f"{name:<11}{fact}")
+    dtype = str(model.dtype).removeprefix("torch.")
+    key = ", with an API key" if address.api_key else ""
+    tables.say(f"{service.name}: {dtype}, {service.context:,} tokens of context, {preset}")
+    tables.say(f"  OpenAI API   {base}/v1{key}, model name {service.name!r}")
+    tables.say(f"  operations   {base}/metrics, /health, /docs")
     if address.host not in _LOOPBACK and address.api_key is None:
-        tables.say("warning    everyone who reaches this address may use it; --api-key-file asks for a key")
-    tables.say("Ctrl-C stops, after running requests are done.")
+        tables.say("  warning      everyone who reaches this address may use it; --api-key-file asks for a key")
+    tables.say("Ctrl-C stops, once running requests are done.")
