@@ -9,6 +9,7 @@ import typer
 
 from . import options
 from .cli_bench import bench
+from .cli_serve import chat, serve
 from .environment import print_json
 from .session import session
 
@@ -24,6 +25,8 @@ app = typer.Typer(
     "Start with [bold]hf-twilight generate[/bold]: it needs no arguments and no network.",
 )
 app.add_typer(bench, name="bench")
+app.command()(serve)
+app.command()(chat)
 
 
 def main() -> None:
