@@ -9,6 +9,7 @@ import typer
 
 from . import options
 from .cli_bench import bench
+from .cli_eval import evaluation
 from .environment import print_json
 from .session import session
 
@@ -24,6 +25,7 @@ app = typer.Typer(
     "Start with [bold]hf-twilight generate[/bold]: it needs no arguments and no network.",
 )
 app.add_typer(bench, name="bench")
+app.add_typer(evaluation, name="eval")
 
 
 def main() -> None:
