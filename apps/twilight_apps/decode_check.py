@@ -52,9 +52,7 @@ def check_decode(name: str, store: LayerStore, step: Step, inputs: AttentionInpu
     assert store.plain is not None
     scored, needed, kept, _ = store.stats[0].T.tolist()
     policy = store.policy
-    candidates = None
-    if policy.p < 1.0 and step.most_pages * store.key_codec.page_size >= policy.min_sparse_len:
-        candidates = policy.selector.select(inputs.query, store.keys, step.block_table, step.num_pages, inputs.scaling)
+    candidates = _candidates(store, step, inputs)
     worst, allowed, masses = 0.0, 0.0, []
     per_kv = out.shape[1] // store.plain.keys.shape[1]
     for k in range(store.plain.keys.shape[1]):
@@ -78,6 +76,33 @@ def check_decode(name: str, store: LayerStore, step: Step, inputs: AttentionInpu
         worst, allowed, sum(needed) / count, sum(kept) / count, sum(scored) / count,
         float(torch.cat(masses).mean()), num_bytes,
     )  # fmt: skip
+
+
+def attended_mass(store: LayerStore, step: Step, inputs: AttentionInputs) -> Tensor:
+    """Return the share ``[H]`` of each query head's mass over unquantized keys that the step attends to.
+
+    The step must have been attended to already, and not yet flushed; ``inputs.keys`` are all keys so far.
+    """
+    assert store.plain is not None
+    candidates = _candidates(store, step, inputs)
+    kv_heads = store.plain.keys.shape[1]
+    per_kv, sinks = inputs.query.shape[1] // kv_heads, store.sequences.layout.num_sinks
+    masses = []
+    for k in range(kv_heads):
+        heads = slice(k * per_kv, (k + 1) * per_kv)
+        chosen = None if candidates is None else candidates[:, k : k + 1]
+        head = _one_head(store, k, inputs.query[:, heads])
+        masses.append(_exact_mass(head, step, store.policy, inputs, heads, chosen, sinks))
+    return torch.cat(masses)
+
+
+def _candidates(store: LayerStore, step: Step, inputs: AttentionInputs) -> Tensor | None:
+    """What the selector leaves to be scored; None for everything."""
+    assert store.keys is not None
+    policy = store.policy
+    if policy.p == 1.0 or step.most_pages * store.key_codec.page_size < policy.min_sparse_len:
+        return None
+    return policy.selector.select(inputs.query, store.keys, step.block_table, step.num_pages, inputs.scaling)
 
 
 @dataclass(frozen=True)

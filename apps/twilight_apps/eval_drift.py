@@ -264,13 +264,13 @@ def _print_group(title: str, mode: str, rows: list[dict[str, Any]], figure: str,
     lines = []
     for row in rows:
         if "kl" not in row:
-            lines.append([row["method"], row["status"], *[""] * (len(columns) - 2)])
+            lines.append([row["method"], row["status"].partition(":")[0], *[""] * (len(columns) - 2)])
             continue
         if figure == "ppl":
             change, error = row["perplexity_change"], row["perplexity_change_error"]
             shown = [f"{row['perplexity']:.3f}", f"{change:+.2%}", f"{error:.2%}"]
         else:
-            shown = [f"{row['kl']:.5f}", f"{row['kl_error']:.5f}", f"{row['kl_p99']:.4f}"]
+            shown = [f"{max(0.0, row['kl']):.5f}", f"{row['kl_error']:.5f}", f"{row['kl_p99']:.4f}"]
         line = [row["method"], *shown, f"{row['agreement']:.1%}"]
         line += [tables.size(row["stored_bytes"]), f"{row['smaller']:.2f}x"]
         if mode == DECODE:
@@ -278,3 +278,6 @@ def _print_group(title: str, mode: str, rows: list[dict[str, Any]], figure: str,
             line += [tables.size(row["read_bytes"]), f"{row['reads_less']:.1f}x", kept]
         lines.append(line)
     tables.print_table(f"{title}\n{way}", columns, lines)
+    for row in rows:
+        if "kl" not in row:
+            tables.say(f"{row['method']}: {row['status']}")

@@ -66,20 +66,24 @@ def dense() -> Method:
 
 
 def presets(names: Sequence[str]) -> list[Method]:
-    """Return our caches by preset name, or by the folder of a saved config.
+    """Return our caches by preset name, or by the folder of a saved config; errors as ``configs``."""
+    return [_ours(name, PRESET, config) for name, config in configs(names).items()]
+
+
+def configs(names: Sequence[str]) -> dict[str, TwilightConfig]:
+    """Return settings by preset name, or by the name of the folder they were saved in.
 
     Raises:
-        ValueError: neither a preset nor a folder; the nearest preset is named.
+        ValueError: neither a preset nor a folder (the nearest preset is named), or a name twice.
         FileNotFoundError: a folder without a config.
     """
-    found = []
+    found: dict[str, TwilightConfig] = {}
     for name in names:
-        if name not in PRESETS and Path(name).is_dir():
-            config, label = TwilightConfig.from_pretrained(name), Path(name).resolve().name
-        else:
-            config, label = TwilightConfig.preset(name), name
-        found.append(_ours(label, PRESET, config))
-    _require_different(found)
+        is_folder = name not in PRESETS and Path(name).is_dir()
+        label = Path(name).resolve().name if is_folder else name
+        if label in found:
+            raise ValueError(f"presets must have different names, got {label!r} twice; rename one folder")
+        found[label] = TwilightConfig.from_pretrained(name) if is_folder else TwilightConfig.preset(name)
     return found
 
 
@@ -148,10 +152,3 @@ def _policy(selector: str, p: float, budget: int) -> TwilightConfig:
 
 def _ours(name: str, kind: str, config: TwilightConfig, modes: tuple[str, ...] = (PACKING, DECODE)) -> Method:
     return Method(name, kind, lambda model: TwilightCache(model, config), modes, config.to_dict())
-
-
-def _require_different(methods: Sequence[Method]) -> None:
-    names = [method.name for method in methods]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"presets must have different names, got {name!r} twice; rename one folder")

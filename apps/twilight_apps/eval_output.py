@@ -11,9 +11,26 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from .environment import environment
+from . import tables
+from .environment import environment, print_json
 
 Draw = Callable[[Path], None]
+
+
+def finish(
+    command: str,
+    result: dict[str, Any],
+    rows: Iterable[dict[str, Any]],
+    folder: Path | None,
+    json_line: bool,
+    draw: Draw,
+) -> None:
+    """Write the files if a folder is given, and the JSON line if it is asked for; arguments as ``write``'s."""
+    if folder is not None:
+        paths = write(folder, command, result, rows, draw)
+        tables.say(f"written: {', '.join(map(str, paths))}")
+    if json_line:
+        print_json(f"eval {command}", **result)
 
 
 def write(folder: Path, name: str, result: dict[str, Any], rows: Iterable[dict[str, Any]], draw: Draw) -> list[Path]:
@@ -40,12 +57,14 @@ def write(folder: Path, name: str, result: dict[str, Any], rows: Iterable[dict[s
     return paths
 
 
-def require_plotting() -> None:
-    """Fail before anything is measured if the figures could not be drawn.
+def require_plotting(folder: Path | None) -> None:
+    """Fail before anything is measured if the figures could not be drawn; no folder needs no figures.
 
     Raises:
         ImportError: matplotlib is missing.
     """
+    if folder is None:
+        return
     try:
         import matplotlib  # noqa: F401
     except ImportError:

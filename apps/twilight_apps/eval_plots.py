@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,23 +120,29 @@ def _frontier(records: Iterable[Record], size: str) -> list[Record]:
 
 
 def _label(axis: Axes, records: list[Record], size: str) -> None:
-    """Name each point, moving labels apart from the lowest up; a thin line leads back to a point."""
+    """Name each point, at the nearest place beside it that is free; a thin line leads back to a point."""
     figure = axis.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()
-    taken: list[tuple[float, float, float]] = []
+    points = {r["method"]: axis.transData.transform((r[size], max(r["kl"], _FLOOR))) for r in records}
+    taken = [(x - 8, x + 8, y) for x, y in points.values()]
     for record in sorted(records, key=lambda r: r["kl"]):
         text = f"{record['method']}  {record[size]:.1f}x"
-        x, y = axis.transData.transform((record[size], max(record["kl"], _FLOOR)))
-        left, right, place = x + 10, x + 10 + 7.6 * len(text), y
-        while any(abs(place - used) < _LINE_PX and left < end and start < right for start, end, used in taken):
-            place += 2.0
+        x, y = points[record["method"]]
+        left, right = x + 12, x + 12 + 7.6 * len(text)
+        shift = next(
+            shift
+            for step in count()
+            for shift in (2.0 * step, -2.0 * step)
+            if not any(abs(y + shift - used) < _LINE_PX and left < end and start < right for start, end, used in taken)
+        )
+        place = y + shift
         taken.append((left, right, place))
         axis.annotate(
             text, (record[size], max(record["kl"], _FLOOR)), xytext=((left - x) * 72 / _DPI, (place - y) * 72 / _DPI),
             textcoords="offset points", va="center", fontsize=8.5, color=COLOURS[record["kind"]],
             fontweight="bold" if record["kind"] == PRESET else "normal",
-            arrowprops={"arrowstyle": "-", "color": "#d6d3d1", "linewidth": 0.7} if place - y > 8 else None,
+            arrowprops={"arrowstyle": "-", "color": "#d6d3d1", "linewidth": 0.7} if abs(shift) > 8 else None,
         )  # fmt: skip
 
 
@@ -184,6 +191,8 @@ def _bars(result: dict[str, Any], command: str, path: Path) -> None:
 
 
 def _bar_panel(axis: Axes, records: list[Record], command: str, title: str) -> None:
+    from matplotlib.patches import Patch
+
     key = "perplexity_change" if command == "ppl" else "kl"
     factor = 100.0 if command == "ppl" else 1.0
     shown = sorted((r for r in records if r["method"] != DENSE), key=lambda r: -r[key])
@@ -198,11 +207,14 @@ def _bar_panel(axis: Axes, records: list[Record], command: str, title: str) -> N
         axis.axvline(0.0, color=COLOURS[DENSE], linewidth=1)
         axis.set_xlabel(f"change of perplexity, %, with its standard error (dense: {dense:.2f})")
         axis.set_xscale("symlog", linthresh=1.0)
+        axis.xaxis.set_major_formatter("{x:g} %")
     axis.barh(
         places, values, xerr=[r[f"{key}_error"] * factor for r in shown], color=[COLOURS[r["kind"]] for r in shown],
         height=0.7, error_kw={"elinewidth": 1},
     )  # fmt: skip
     axis.set_yticks(places, [f"{r['method']} ({r['smaller']:.1f}x smaller)" for r in shown], fontsize=9)
     axis.set_title(title, fontsize=11)
+    kinds = dict.fromkeys(r["kind"] for r in shown)
+    axis.legend([Patch(color=COLOURS[kind]) for kind in kinds], [KIND_NAMES[kind] for kind in kinds], fontsize=8)
     axis.grid(axis="x", color="#e7e5e4", linewidth=0.7)
     axis.set_axisbelow(True)

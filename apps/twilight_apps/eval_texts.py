@@ -70,3 +70,9 @@ def excerpts(
         )
     starts = [place * tokens for place in sorted(random.Random(seed).sample(range(places), count))]
     return [Excerpt(name, start, torch.tensor([ids[start : start + tokens]])) for start in starts]
+
+
+def one_excerpt(tokenizer: PreTrainedTokenizerBase, texts: dict[str, str], tokens: int, seed: int) -> Excerpt:
+    """Cut one excerpt of the only text; errors as ``excerpts``."""
+    ((name, text),) = texts.items()
+    return excerpts(tokenizer, name, text, tokens, 1, seed)[0]
