@@ -13,7 +13,7 @@ from .eval_answers import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# chosen by trying: the embedded model finds this one at 2,000 tokens at any depth, and hardly ever "The pass key is ..."
+# chosen by trying: the embedded model finds this one at any depth of 2,000 tokens, "The pass key is ..." hardly ever
 _FACT = "The special magic number for Helena is: {key}."
 _QUESTION = "What is the special magic number for Helena mentioned in the text?"
 _OPENING = "The special magic number for Helena mentioned in the text is"
