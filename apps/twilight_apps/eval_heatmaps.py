@@ -50,6 +50,8 @@ def draw_mass(result: dict[str, Any], path: Path) -> None:
 
 def draw_budget(result: dict[str, Any], path: Path) -> None:
     """Draw attended tokens by layer and head at the longest context, and their growth with context."""
+    from matplotlib.ticker import LogLocator
+
     names = list(dict.fromkeys(r["setting"] for r in result["records"]))
     contexts = sorted({r["context"] for r in result["records"]})
     figure = new_figure(6.5 * (len(names) + 1), 6.5)
@@ -59,12 +61,14 @@ def draw_budget(result: dict[str, Any], path: Path) -> None:
         records = [r for r in result["records"] if r["setting"] == name]
         _growth(axes[0], records, name, SERIES[number % len(SERIES)])
         layers = [r for r in result["layers"] if r["setting"] == name and r["context"] == contexts[-1]]
-        _kept_map(figure, axes[number + 1], layers, f"{name}, {contexts[-1]:,} tokens: attended to, log scale")
+        _kept_map(figure, axes[number + 1], layers, f"{name}, {contexts[-1]:,} tokens: needed by each head")
     axes[0].plot(contexts, contexts, color="#57534e", linestyle=":", label="all tokens")
     axes[0].set_xscale("log")
     axes[0].set_yscale("log")
     axes[0].set_xticks(contexts, [f"{context:,}" for context in contexts])
     axes[0].minorticks_off()
+    axes[0].yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes[0].yaxis.set_major_formatter("{x:,.0f}")
     axes[0].set_xlabel("tokens in the cache")
     axes[0].set_ylabel("packed tokens attended to by a KV head")
     axes[0].set_title("line: mean of heads in sparse layers; band: 10th to 90th percentile", fontsize=10)
