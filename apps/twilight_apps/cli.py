@@ -9,6 +9,7 @@ import typer
 
 from . import options
 from .cli_bench import bench
+from .cli_eval import evaluation
 from .cli_serve import chat, serve
 from .environment import print_json
 from .session import session
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.command()(serve)
 app.command()(chat)
+app.add_typer(evaluation, name="eval")
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from twilight_cache import DecodePolicy, LayerStore, Step
+from twilight_cache import DecodePolicy, LayerStore, Selection, Step
 from twilight_kernels import KeyPages, PlainTokens, ValuePages, _reference
 
 from .synthetic import AttentionInputs
@@ -53,13 +53,12 @@ def check_decode(name: str, store: LayerStore, step: Step, inputs: AttentionInpu
     scored, needed, kept, _, _ = store.stats[0].T.tolist()
     policy = store.policy
     selection = store.select(inputs.query, inputs.scaling, step)
-    candidates = None if selection is None else selection.pages
     worst, allowed, masses = 0.0, 0.0, []
     per_kv = out.shape[1] // store.plain.keys.shape[1]
     for k in range(store.plain.keys.shape[1]):
         heads = slice(k * per_kv, (k + 1) * per_kv)
         head = _one_head(store, k, inputs.query[:, heads])
-        chosen = None if candidates is None else candidates[:, k : k + 1]
+        chosen = _one_selection(selection, k)
         error, tolerance = _compare(head, step, policy, inputs, k, chosen, out[:, heads])
         if not error <= tolerance:
             raise ArithmeticError(
@@ -71,12 +70,38 @@ def check_decode(name: str, store: LayerStore, step: Step, inputs: AttentionInpu
         masses.append(_exact_mass(head, step, policy, inputs, heads, chosen, store.sequences.layout.num_sinks))
     count = len(scored)
     num_bytes = store.bytes_read(scored, kept) + _plain_bytes(store, step)
-    if candidates is not None:
+    if selection is not None:
         num_bytes += _bound_bytes(store, step)
     return Check(
         worst, allowed, sum(needed) / count, sum(kept) / count, sum(scored) / count,
         float(torch.cat(masses).mean()), num_bytes,
     )  # fmt: skip
+
+
+def attended_mass(store: LayerStore, step: Step, inputs: AttentionInputs) -> Tensor:
+    """Return the share ``[H]`` of each query head's mass over unquantized keys that the step attends to.
+
+    The step must have been attended to already, and not yet flushed; ``inputs.keys`` are all keys so far.
+    """
+    assert store.plain is not None
+    selection = store.select(inputs.query, inputs.scaling, step)
+    kv_heads = store.plain.keys.shape[1]
+    per_kv, sinks = inputs.query.shape[1] // kv_heads, store.sequences.layout.num_sinks
+    masses = []
+    for k in range(kv_heads):
+        heads = slice(k * per_kv, (k + 1) * per_kv)
+        chosen = _one_selection(selection, k)
+        head = _one_head(store, k, inputs.query[:, heads])
+        masses.append(_exact_mass(head, step, store.policy, inputs, heads, chosen, sinks))
+    return torch.cat(masses)
+
+
+def _one_selection(selection: Selection | None, k: int) -> Selection | None:
+    """The candidates of one KV head."""
+    if selection is None:
+        return None
+    tokens = None if selection.tokens is None else selection.tokens[:, k : k + 1]
+    return Selection(selection.pages[:, k : k + 1], tokens)
 
 
 @dataclass(frozen=True)
@@ -114,7 +139,7 @@ def _compare(
     policy: DecodePolicy,
     inputs: AttentionInputs,
     k: int,
-    chosen: Tensor | None,
+    chosen: Selection | None,
     out: Tensor,
 ) -> tuple[float, float]:
     """Return the largest error and what rounding explains there."""
@@ -123,7 +148,9 @@ def _compare(
         return _reference.decode_attention(
             head.query.double(), head.keys, head.values, head.plain, block_table=step.block_table,
             num_pages=step.num_pages, plain_len=step.plain_len, scaling=inputs.scaling, p=p,
-            min_keep=policy.min_keep, min_sparse_len=policy.min_sparse_len, candidates=chosen,
+            min_keep=policy.min_keep, min_sparse_len=policy.min_sparse_len,
+            candidates=None if chosen is None else chosen.pages,
+            candidate_tokens=None if chosen is None else chosen.tokens,
         )  # fmt: skip
 
     error = (out.double() - define(policy.p)).abs()
@@ -138,8 +165,7 @@ def _compare(
 
 
 def _exact_mass(
-    head: _Head, step: Step, policy: DecodePolicy, inputs: AttentionInputs, heads: slice, chosen: Tensor |
-    None,
+    head: _Head, step: Step, policy: DecodePolicy, inputs: AttentionInputs, heads: slice, chosen: Selection | None,
     num_sinks: int,
 ) -> Tensor:  # fmt: skip
     """Share ``[G]`` of the softmax over unquantized keys that the attended tokens carry."""
@@ -148,10 +174,11 @@ def _exact_mass(
         0
     ]
     if chosen is not None:
-        size = head.keys.codec.page_size
-        is_chosen = torch.zeros(pages, dtype=torch.bool)
-        is_chosen[chosen[chosen >= 0].long()] = True
-        packed = packed.masked_fill(~is_chosen.repeat_interleave(size), -torch.inf)
+        size, is_listed = head.keys.codec.page_size, chosen.pages >= 0
+        is_chosen = torch.zeros(pages, size, dtype=torch.bool)
+        tokens = True if chosen.tokens is None else chosen.tokens.unflatten(-1, (-1, size))[is_listed]
+        is_chosen[chosen.pages[is_listed].long()] = tokens
+        packed = packed.masked_fill(~is_chosen.flatten(), -torch.inf)
     forced = head.query[0] @ head.plain.keys[0, 0, :, :columns] * inputs.scaling
     is_sparse = packed.shape[-1] >= policy.min_sparse_len
     limit = _reference.top_p_threshold(

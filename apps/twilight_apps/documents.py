@@ -9,6 +9,7 @@ find.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,9 @@ FACT = "The captain of the ship Aurora is named Helena Brandt."
 QUESTION = "Who is the captain of the ship Aurora?"
 EXPECTED = "Helena Brandt"
 
+HINT = "Answer in one sentence."
+
+_SENTENCE_END = re.compile(r"[.!?][\"']?\s+")
 _INTRODUCTION = "Read this text and answer the question at its end."
 
 
@@ -76,6 +80,15 @@ def cut(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, *, repeat: b
     return ids[:tokens]
 
 
+def hide_in_sentence_break(text: str, fact: str, depth: float) -> str:
+    """Put ``fact`` between the two sentences nearest to the share ``depth`` of a text."""
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    place = min([0, *ends, len(text)], key=lambda at: abs(at - depth * len(text)))
+    before, after = text[:place], text[place:]
+    gap = "" if not before or before[-1].isspace() else " "
+    return f"{before}{gap}{fact} {after}"
+
+
 def hide(text: str, fact: str, depth: float = 0.5) -> str:
     """Put ``fact`` between the two paragraphs nearest to the share ``depth`` of a text."""
     target = round(len(text) * depth)
@@ -85,18 +98,27 @@ def hide(text: str, fact: str, depth: float = 0.5) -> str:
     return f"{text[:place]}\n\n{fact}{text[place:] or ''}"
 
 
-def question_prompt(tokenizer: PreTrainedTokenizerBase, document: str, question: str) -> Prompt:
-    """Build the prompt that asks ``question`` about ``document``, in the model's chat template if it has one."""
-    asked = question_suffix(tokenizer, question)
+def question_prompt(
+    tokenizer: PreTrainedTokenizerBase, document: str, question: str, *, hint: str = HINT, opening: str = ""
+) -> Prompt:
+    """Build the prompt that asks ``question`` about ``document``, in the model's chat template if it has one.
+
+    Args:
+        hint: how to answer, said after the question.
+        opening: words that the answer is made to begin with.
+    """
+    asked = question_suffix(tokenizer, question, hint=hint, opening=opening)
     before, _ = _frame(tokenizer)
     special = not tokenizer.chat_template
     return Prompt(_row(token_ids(tokenizer, f"{before}{document}", special=special)), asked)
 
 
-def question_suffix(tokenizer: PreTrainedTokenizerBase, question: str) -> Tensor:
+def question_suffix(
+    tokenizer: PreTrainedTokenizerBase, question: str, *, hint: str = HINT, opening: str = ""
+) -> Tensor:
     """Return the ids ``[1, T]`` that follow a document: the question and what makes the model answer."""
     _, after = _frame(tokenizer)
-    text = f"\n\nQuestion: {question.strip()} Answer in one sentence.{after}"
+    text = f"\n\nQuestion: {question.strip()} {hint}{after}{opening}"
     return _row(token_ids(tokenizer, text))
 
 

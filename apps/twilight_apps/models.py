@@ -28,6 +28,21 @@ def parse_settings(preset: str, changes: Sequence[str]) -> TwilightConfig:
     """
     from hf_twilight import TwilightConfig
 
+    return TwilightConfig.preset(preset, **_parse_changes(changes))
+
+
+def changed(settings: TwilightConfig, changes: Sequence[str]) -> TwilightConfig:
+    """Return settings with each ``--set key=value``.
+
+    Raises:
+        ValueError: as ``parse_settings``.
+    """
+    from hf_twilight.config import as_config
+
+    return as_config(settings, **_parse_changes(changes))
+
+
+def _parse_changes(changes: Sequence[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for change in changes:
         key, equals, text = change.partition("=")
@@ -38,7 +53,7 @@ def parse_settings(preset: str, changes: Sequence[str]) -> TwilightConfig:
         except json.JSONDecodeError:
             value = text.strip()
         values[key.strip()] = tuple(value) if isinstance(value, list) else value
-    return TwilightConfig.preset(preset, **values)
+    return values
 
 
 def parse_dtype(name: str) -> torch.dtype | str:
