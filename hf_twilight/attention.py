@@ -111,6 +111,7 @@ def twilight_attention(
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         out = layer.prefill.attend(query, key, value, scaling, padding)
         layer.commit(padding)
+        layer.observe(query, scaling)
         return out.transpose(1, 2), None
     layer.commit(padding)
     if query.shape[2] > 1:

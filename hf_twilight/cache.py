@@ -394,7 +394,7 @@ class TwilightCache(DynamicCache):
             every token is a candidate; the selector's own estimate for ``tactic``, ``double_sparse`` and ``quest``
             without a budget; None for selectors that do not know, and then nothing is known of the whole mass).
             The share of the whole mass attended is ``coverage * mass``. ``bytes_read`` is what one step of one row
-            reads from pages.
+            reads from pages to score and attend; what the selector reads to choose is not in it.
         """
         found = []
         for layer in self.twilight_layers:

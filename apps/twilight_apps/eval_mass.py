@@ -125,7 +125,7 @@ def weigh(store: LayerStore, record: Record) -> Achieved:
         store.stats = None
         store.attend(inputs.query, record.scaling, step, seen[:, :, -1], inputs.values[:, :, -1])
         assert store.stats is not None
-        _, _, kept_tokens, claim = store.stats[0].T
+        _, _, kept_tokens, claim, _ = store.stats[0].T
         masses.append(decode_check.attended_mass(store, step, inputs))
         claimed.append(claim)
         kept.append(kept_tokens)

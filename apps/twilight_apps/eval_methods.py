@@ -25,8 +25,6 @@ PRESET, PEER, POLICY = "preset", "peer", "policy"
 
 _FIXED_BUDGET_SHARE = 0.25  # of the context, as Quest's and Tactic's tables
 _POLICY_P = 0.95
-# a selector's candidates are kept whole: what is beyond this share of their mass is lost in rounding
-_WHOLE = 1.0 - 1e-6
 # bits and axis as Transformers' documentation recommends them: axis 0 for quanto, 1 for hqq
 _PEERS: dict[str, dict[str, Any]] = {
     "fp8": {"backend": "fp8"},
@@ -135,19 +133,17 @@ def _policies(context: int) -> list[Method]:
     budget = max(64, round(_FIXED_BUDGET_SHARE * context))
     found = []
     for name in SELECTORS:
-        pruned = _policy(name, _POLICY_P, budget)
+        pruned = _policy(name, _POLICY_P, None if name == "full" else budget)
         if name == "full":
             found.append(_ours(f"top-p {_POLICY_P:g}", POLICY, pruned, (DECODE,)))
         else:
-            found.append(_ours(f"{name} 1/4", POLICY, _policy(name, _WHOLE, budget), (DECODE,)))
+            found.append(_ours(f"{name} 1/4", POLICY, _policy(name, 1.0, budget), (DECODE,)))
             found.append(_ours(f"{name} 1/4 + top-p {_POLICY_P:g}", POLICY, pruned, (DECODE,)))
     return found
 
 
-def _policy(selector: str, p: float, budget: int) -> TwilightConfig:
-    return TwilightConfig.preset(
-        "exact", p=p, selector=selector, candidate_tokens=budget, candidate_fraction=1e-6, dense_layers=(0, 1)
-    )
+def _policy(selector: str, p: float, budget: int | None) -> TwilightConfig:
+    return TwilightConfig.preset("exact", p=p, selector=selector, budget=budget, dense_layers=(0, 1))
 
 
 def _ours(name: str, kind: str, config: TwilightConfig, modes: tuple[str, ...] = (PACKING, DECODE)) -> Method:
