@@ -230,6 +230,7 @@ def test_the_context_ends_the_answer(make_engine: Callable[..., Engine]) -> None
         ({"max_running": 0}, "max_running must be a whole number of at least 1, got 0"),
         ({"max_cache_tokens": 3}, "max_cache_tokens must be a whole number of at least 16"),
         ({"settings": "balancd"}, "did you mean 'balanced'"),
+        ({"settings": {"selector": "quest"}}, "selector must be 'full', got 'quest'"),
         ({"settings": {"num_sinks": 65}}, "num_sinks must be at most page_size=64"),
     ],
 )
