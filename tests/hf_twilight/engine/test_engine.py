@@ -241,6 +241,7 @@ def test_options_out_of_range_are_refused(
         make_engine(**options)
 
 
+@pytest.mark.slow
 def test_soak_leaks_no_page_and_answers_right(make_engine: Callable[..., Engine], make_llama: Any) -> None:
     """2,000 requests of mixed lengths, a fifth of them cancelled at random times, over a cache that is too small."""
     model = make_llama(num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_attention_heads=2)
