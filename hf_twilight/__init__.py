@@ -15,10 +15,13 @@ if TYPE_CHECKING:
     from .cache import TwilightCache
     from .config import PRESETS, TwilightConfig
     from .embedded import load_model, load_tokenizer
+    from .engine import Engine, SamplingParams
     from .generation import disable, enable, patch, twilight, unpatch
 
 _HOMES = {
+    "Engine": "engine",
     "PRESETS": "config",
+    "SamplingParams": "engine",
     "TwilightCache": "cache",
     "TwilightConfig": "config",
     "disable": "generation",
@@ -32,6 +35,8 @@ _HOMES = {
 
 __all__ = [
     "PRESETS",
+    "Engine",
+    "SamplingParams",
     "TwilightCache",
     "TwilightConfig",
     "disable",

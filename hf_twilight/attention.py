@@ -91,6 +91,8 @@ def twilight_attention(
     """
     forward = kwargs.get(STEP_ARGUMENT)
     if forward is not None:
+        if _needs_eager(kwargs):
+            raise ValueError("its attention has soft caps, sinks or biases of its own")
         factor = query.shape[-1] ** -0.5 if scaling is None else scaling
         return forward.attend(module.layer_idx, query, key, value, factor), None
     handle: Handle | None = getattr(key, _HANDLE, None)

@@ -14,10 +14,10 @@ from twilight_cache import PagePool, PrefixTree
 from twilight_kernels import release_threads
 
 from ..config import TwilightConfig, as_config
-from .eligibility import attention_switched, check_model, context_of, end_tokens, probe, vocab_size
+from .eligibility import attention_switched, check_model, context_of, end_tokens, layer_shapes, probe, vocab_size
 from .handle import Completion, RequestHandle
 from .plan import ScheduledRequest
-from .runner import Runner, key_codec, value_codec
+from .runner import Runner, codecs
 from .sampling import SamplingParams
 from .scheduler import Scheduler
 from .stats import EngineStats, collect_stats
@@ -91,11 +91,13 @@ class Engine:
             max_cache_tokens = max(max_running * _DEFAULT_TOKENS, self.context)
         _require_whole("max_cache_tokens", max_cache_tokens, layout.page_size)
         self.max_cache_tokens = max_cache_tokens
-        self._scheduler, self._runner = _build(model, self.settings, max_running, max_cache_tokens, prefill_tokens)
         attention = attention_switched(model)
         attention.__enter__()
         try:
             with torch.inference_mode():
+                self._scheduler, self._runner = _build(
+                    model, self.settings, max_running, max_cache_tokens, prefill_tokens
+                )
                 probe(model, self._runner)
             if model.device.type == "cpu":
                 release_threads()  # from here on the worker computes
@@ -256,9 +258,8 @@ def _build(
     layout = settings.layout
     size = layout.page_size
     cache_pages = -(-max_cache_tokens // size)
-    config = model.config.get_text_config(decoder=True)
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    is_raw = key_codec(settings, dim).is_raw and value_codec(settings, dim).is_raw
+    shapes = layer_shapes(model)
+    is_raw = all(codec.is_raw for codec in codecs(settings, shapes))
     if is_raw:
         plain, packed = cache_pages + max_running, 0  # and one of sinks for each request
         tree = PrefixTree(layout, PagePool(plain), None)
@@ -271,7 +272,7 @@ def _build(
     scheduler = Scheduler(
         tree, max_running=max_running, prefill_tokens=prefill_tokens, max_cache_pages=plain if is_raw else packed
     )
-    return scheduler, Runner(model, settings, plain, packed)
+    return scheduler, Runner(model, settings, shapes, plain, packed)
 
 
 def _require_whole(name: str, value: object, least: int) -> None:
