@@ -102,6 +102,8 @@ def twilight_attention(
     if is_stand_in:
         key, value = layer.full()
     layer.commit(padding)
+    if query.shape[2] > 1:
+        layer.observe(query, query.shape[-1] ** -0.5 if scaling is None else scaling)
     return _stock(module, query, key, value, attention_mask, scaling, dropout, kwargs)
 
 

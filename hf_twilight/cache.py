@@ -129,6 +129,11 @@ class TwilightLayer(CacheLayerMixin):
         keys, values, step = self._begin(padding)
         self.store.append(step, keys, values)
 
+    def observe(self, queries: Tensor, scaling: float) -> None:
+        """Show the selector the queries ``[B, H, T, D]`` of the tokens that were stored last."""
+        if self.store is not None and self.device.type == "cpu":
+            self.store.observe(queries, scaling)
+
     def full(self) -> tuple[Tensor, Tensor]:
         """All keys and values, ``[B, K, S, D]`` in the model's dtype: packed ones dequantized, padding zero."""
         assert self.store is not None
@@ -378,10 +383,15 @@ class TwilightCache(DynamicCache):
         """What decode steps did, averaged over steps and rows since the cache was made or reset.
 
         Returns:
-            One dict for each packed layer that decoded: ``layer``, ``steps``, and per query head ``scored`` (packed
-            tokens scored), ``needed`` (packed tokens the head itself keeps), ``kept`` (packed tokens attended, the
-            union over the query heads of its KV head) and ``mass`` (share of the scored attention mass attended);
-            ``bytes_read`` is what one step of one row reads from pages.
+            One dict for each packed layer that decoded: ``layer``, ``steps``, and per query head ``candidates``
+            (packed tokens that the selector let through), ``scored`` (packed tokens of the pages that hold one),
+            ``needed`` (packed tokens the head itself keeps), ``kept`` (packed tokens attended, the union over the
+            query heads of its KV head), ``mass`` (share attended of the attention mass of candidates, sinks and
+            window) and ``coverage`` (share of the *whole* mass that these carry, as far as it is known: 1 where
+            every token is a candidate; the selector's own estimate for ``tactic``, ``double_sparse`` and ``quest``
+            without a budget; None for selectors that do not know, and then nothing is known of the whole mass).
+            The share of the whole mass attended is ``coverage * mass``. ``bytes_read`` is what one step of one row
+            reads from pages.
         """
         found = []
         for layer in self.twilight_layers:
@@ -389,10 +399,11 @@ class TwilightCache(DynamicCache):
             if store is None or store.stats is None or not store.num_decodes:
                 continue
             mean = (store.stats.sum(0) / (store.num_decodes * store.stats.shape[0])).tolist()
-            scored, needed, kept, mass = ([row[i] for row in mean] for i in range(4))
+            scored, needed, kept, mass, candidates = ([row[i] for row in mean] for i in range(5))
             found.append({
-                "layer": layer.layer_idx, "steps": store.num_decodes, "scored": scored, "needed": needed,
-                "kept": kept, "mass": mass, "bytes_read": store.bytes_read(scored, kept),
+                "layer": layer.layer_idx, "steps": store.num_decodes, "candidates": candidates, "scored": scored,
+                "needed": needed, "kept": kept, "mass": mass, "coverage": store.mean_coverage(),
+                "bytes_read": store.bytes_read(scored, kept),
             })  # fmt: skip
         return found
 

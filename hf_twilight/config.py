@@ -9,7 +9,20 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from twilight_cache import SELECTORS, DecodePolicy, Full, Layout, Quest, Selector, Streaming
+from twilight_cache import (
+    SELECTORS,
+    Budget,
+    DecodePolicy,
+    DoubleSparse,
+    Full,
+    Layout,
+    Quest,
+    Selector,
+    SnapKV,
+    Streaming,
+    Tactic,
+    check_budget,
+)
 from twilight_kernels import KeyCodec, ValueCodec
 
 CONFIG_NAME = "twilight_config.json"
@@ -30,10 +43,13 @@ class TwilightConfig:
         window: last tokens that stay in the model's dtype.
         p: share of the attention mass that a decode step keeps for each query head, in ``(0, 1]``.
         min_keep: packed tokens that each head keeps at least.
-        selector: ``"full"`` scores every page, ``"quest"`` the pages with the largest bounds, ``"streaming"`` the
-            last ones.
-        candidate_fraction: share of the packed tokens that ``quest`` scores, in ``(0, 1]``.
-        candidate_tokens: tokens that ``quest`` scores at least, and that ``streaming`` scores.
+        selector: which packed tokens are candidates, of which ``p`` keeps some: ``"full"`` all of them, ``"quest"``
+            pages by their bounds, ``"tactic"`` clusters of keys, ``"double_sparse"`` tokens by a few channels,
+            ``"streaming"`` the last ones, ``"snapkv"`` those the end of the prompt attends to.
+        budget: candidates of each KV head, as a number of packed tokens (int) or a share of them (float in
+            ``(0, 1]``). None, for ``quest``, ``tactic`` and ``double_sparse``, takes as many as carry half of what
+            ``p`` leaves out, by their estimate: 0.975 of the mass at ``p = 0.95``. Attention to a fixed budget as in
+            the selectors' papers, without pruning, is ``p=1.0`` with a budget.
         dense_layers: layers that keep the whole mass, because their attention is diffuse.
         min_sparse_len: packed tokens below which decode keeps the whole mass.
     Raises:
@@ -50,8 +66,7 @@ class TwilightConfig:
     p: float = 0.95
     min_keep: int = 16
     selector: str = "full"
-    candidate_fraction: float = 0.25
-    candidate_tokens: int = 1024
+    budget: Budget | None = None
     dense_layers: tuple[int, ...] = (0, 1)
     min_sparse_len: int = 1024
 
@@ -59,14 +74,23 @@ class TwilightConfig:
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         _ = self.key_codec, self.value_codec  # check their ranges
         _require_share("p", self.p, "keep everything")
-        _require_share("candidate_fraction", self.candidate_fraction, "score everything")
-        for name, least in (("num_sinks", 0), ("window", 1), ("min_keep", 0), ("candidate_tokens", 1)):
+        for name, least in (("num_sinks", 0), ("window", 1), ("min_keep", 0)):
             _require_count(name, getattr(self, name), least)
         _require_count("min_sparse_len", self.min_sparse_len, 0)
         for layer in self.dense_layers:
             _require_count("dense_layers", layer, 0)
         if self.selector not in SELECTORS:
             raise ValueError(f"selector must be one of {', '.join(SELECTORS)}, got {self.selector!r}")
+        check_budget(self.budget)
+        if self.selector == "full" and self.budget is not None:
+            raise ValueError(f"budget must be None with selector 'full', got {self.budget!r}; choose another selector")
+        if self.budget is None and self.selector in ("streaming", "snapkv"):
+            raise ValueError(f"selector {self.selector!r} must have a budget, got None; pass budget=0.25 or a number")
+        if self.budget is None and self.selector != "full" and self.p == 1.0:
+            raise ValueError(
+                f"selector {self.selector!r} with p = 1 must have a budget, got None; pass budget=0.25 to attend to a "
+                "fixed share as in its paper, or p below 1"
+            )
 
     @property
     def key_codec(self) -> KeyCodec:
@@ -87,14 +111,21 @@ class TwilightConfig:
 
     def policy(self, layer_idx: int) -> DecodePolicy:
         """Return how layer ``layer_idx`` decodes."""
-        selectors: dict[str, Selector] = {
-            "full": Full(),
-            "quest": Quest(self.candidate_fraction, self.candidate_tokens),
-            "streaming": Streaming(self.candidate_tokens),
-        }
         if layer_idx in self.dense_layers:
             return DecodePolicy()
-        return DecodePolicy(self.p, self.min_keep, self.min_sparse_len, selectors[self.selector])
+        return DecodePolicy(self.p, self.min_keep, self.min_sparse_len, self._selector())
+
+    def _selector(self) -> Selector:
+        share, budget = (1 + self.p) / 2, self.budget
+        if self.selector == "quest":
+            return Quest(budget, share)
+        if self.selector == "tactic":
+            return Tactic(budget, share)
+        if self.selector == "double_sparse":
+            return DoubleSparse(budget, share)
+        if budget is None:
+            return Full()
+        return Streaming(budget) if self.selector == "streaming" else SnapKV(budget)
 
     @staticmethod
     def preset(name: str = "balanced", **changes: Any) -> TwilightConfig:

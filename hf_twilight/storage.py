@@ -152,7 +152,8 @@ def _layer_tensors(layer: TwilightLayer, used: np.ndarray[Any, Any]) -> dict[str
         else:
             tensor = tensor[torch.from_numpy(used).long().to(tensor.device)]
         found[name] = tensor.cpu().contiguous()
-    return found
+    state = layer.store.selector_state.saved()
+    return found | {f"selector.{name}": tensor.cpu().contiguous() for name, tensor in state.items()}
 
 
 def _restore(cache: TwilightCache, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -194,6 +195,8 @@ def _restore_layer(layer: TwilightLayer, own: dict[str, Tensor]) -> None:
     store.plain = PlainTokens.empty(rows, heads, key_dim, stored_values.shape[-1], room, stored_keys.dtype, "cpu")
     store.plain.keys[..., :columns] = stored_keys
     store.plain.values[:, :, :columns] = stored_values
+    prefix = "selector."
+    store.selector_state.restore({n.removeprefix(prefix): t for n, t in own.items() if n.startswith(prefix)})
 
 
 def _signature(config: PreTrainedConfig) -> dict[str, Any]:

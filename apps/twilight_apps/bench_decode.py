@@ -27,6 +27,7 @@ SHAPES = {"llama3-8b": (32, 8, 128), "smollm2": (9, 3, 64)}
 SDPA, SDPA_BF16 = "sdpa float32", "sdpa bfloat16"
 _TWO_BIT_PRESET = "compact"
 _LAYOUT_ROUNDS = 5
+_QUEST_SHARE = 0.25  # of the packed tokens (Twilight's experiments)
 
 Run = Callable[[], Tensor]
 
@@ -121,7 +122,7 @@ def _packed(inputs: AttentionInputs, settings: TwilightConfig) -> tuple[LayerSto
 
 
 def _policies(settings: TwilightConfig) -> dict[str, DecodePolicy]:
-    quest = Quest(settings.candidate_fraction, settings.candidate_tokens)
+    quest = Quest(_QUEST_SHARE)
     sparse = settings.p, settings.min_keep, settings.min_sparse_len
     return {
         f"p = {settings.p:g}": DecodePolicy(*sparse, Full()),

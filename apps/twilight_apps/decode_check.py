@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from twilight_cache import DecodePolicy, LayerStore, Step
+from twilight_cache import DecodePolicy, LayerStore, Selection, Step
 from twilight_kernels import KeyPages, PlainTokens, ValuePages, _reference
 
 from .synthetic import AttentionInputs
@@ -50,9 +50,10 @@ def check_decode(name: str, store: LayerStore, step: Step, inputs: AttentionInpu
     assert store.stats is not None
     assert store.keys is not None
     assert store.plain is not None
-    scored, needed, kept, _ = store.stats[0].T.tolist()
+    scored, needed, kept, _, _ = store.stats[0].T.tolist()
     policy = store.policy
-    candidates = _candidates(store, step, inputs)
+    selection = store.select(inputs.query, inputs.scaling, step)
+    candidates = None if selection is None else selection.pages
     worst, allowed, masses = 0.0, 0.0, []
     per_kv = out.shape[1] // store.plain.keys.shape[1]
     for k in range(store.plain.keys.shape[1]):
@@ -67,7 +68,8 @@ def check_decode(name: str, store: LayerStore, step: Step, inputs: AttentionInpu
             )
         if error >= worst:
             worst, allowed = error, tolerance
-        masses.append(_exact_mass(head, step, policy, inputs, heads, chosen, store.sequences.layout.num_sinks))
+        listed = _candidates(selection, step, store.key_codec.page_size, k)
+        masses.append(_exact_mass(head, step, policy, inputs, heads, listed, store.sequences.layout.num_sinks))
     count = len(scored)
     num_bytes = store.bytes_read(scored, kept) + _plain_bytes(store, step)
     if candidates is not None:
@@ -84,25 +86,30 @@ def attended_mass(store: LayerStore, step: Step, inputs: AttentionInputs) -> Ten
     The step must have been attended to already, and not yet flushed; ``inputs.keys`` are all keys so far.
     """
     assert store.plain is not None
-    candidates = _candidates(store, step, inputs)
+    selection = store.select(inputs.query, inputs.scaling, step)
     kv_heads = store.plain.keys.shape[1]
     per_kv, sinks = inputs.query.shape[1] // kv_heads, store.sequences.layout.num_sinks
     masses = []
     for k in range(kv_heads):
         heads = slice(k * per_kv, (k + 1) * per_kv)
-        chosen = None if candidates is None else candidates[:, k : k + 1]
         head = _one_head(store, k, inputs.query[:, heads])
+        chosen = _candidates(selection, step, store.key_codec.page_size, k)
         masses.append(_exact_mass(head, step, store.policy, inputs, heads, chosen, sinks))
     return torch.cat(masses)
 
 
-def _candidates(store: LayerStore, step: Step, inputs: AttentionInputs) -> Tensor | None:
-    """What the selector leaves to be scored; None for everything."""
-    assert store.keys is not None
-    policy = store.policy
-    if policy.p == 1.0 or step.most_pages * store.key_codec.page_size < policy.min_sparse_len:
+def _candidates(selection: Selection | None, step: Step, size: int, k: int) -> Tensor | None:
+    """Which packed tokens of row 0 are candidates of KV head ``k``: bool ``[S]``; None for all of them."""
+    if selection is None:
         return None
-    return policy.selector.select(inputs.query, store.keys, step.block_table, step.num_pages, inputs.scaling)
+    pages = selection.pages[0, k]
+    listed = pages[pages >= 0].long()
+    tokens = torch.zeros(int(step.num_pages[0]), size, dtype=torch.bool)
+    if selection.tokens is None:
+        tokens[listed] = True
+    else:
+        tokens[listed] = selection.tokens[0, k].unflatten(0, (-1, size))[: len(listed)]
+    return tokens.flatten()
 
 
 @dataclass(frozen=True)
@@ -164,20 +171,16 @@ def _compare(
 
 
 def _exact_mass(
-    head: _Head, step: Step, policy: DecodePolicy, inputs: AttentionInputs, heads: slice, chosen: Tensor |
-    None,
+    head: _Head, step: Step, policy: DecodePolicy, inputs: AttentionInputs, heads: slice, chosen: Tensor | None,
     num_sinks: int,
 ) -> Tensor:  # fmt: skip
-    """Share ``[G]`` of the softmax over unquantized keys that the attended tokens carry."""
+    """Share ``[G]`` of the softmax over unquantized keys that the attended tokens carry; ``chosen [S]`` is bool."""
     columns, pages = int(step.plain_len[0]), int(step.num_pages[0])
     packed = _reference.key_logits(head.query, head.keys, step.block_table[:, :pages], step.num_pages, inputs.scaling)[
         0
     ]
     if chosen is not None:
-        size = head.keys.codec.page_size
-        is_chosen = torch.zeros(pages, dtype=torch.bool)
-        is_chosen[chosen[chosen >= 0].long()] = True
-        packed = packed.masked_fill(~is_chosen.repeat_interleave(size), -torch.inf)
+        packed = packed.masked_fill(~chosen, -torch.inf)
     forced = head.query[0] @ head.plain.keys[0, 0, :, :columns] * inputs.scaling
     is_sparse = packed.shape[-1] >= policy.min_sparse_len
     limit = _reference.top_p_threshold(

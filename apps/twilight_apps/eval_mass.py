@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_twilight import TwilightConfig
 from hf_twilight.recording import Record, recording
 from twilight_cache import LayerStore, PagePool, SequenceBatch
+from twilight_cache.selectors import NUM_QUERIES
 
 from . import decode_check, eval_methods, models, tables
 from .eval_texts import Excerpt
@@ -63,7 +64,7 @@ def run(
         raise ValueError(f"context must exceed steps, got {context} and {plan.steps}")
     model = models.load(model_name, dtype, context)
     with (
-        recording(model, plan.steps) as recorded,
+        recording(model, min(context, plan.steps + NUM_QUERIES)) as recorded,
         tables.layer_progress(model, "Dense forward"),
         torch.inference_mode(),
     ):
@@ -80,7 +81,7 @@ def run(
                         store = LayerStore(
                             SequenceBatch(config.layout, PagePool()), config.key_codec, config.value_codec, policy
                         )
-                        found[index] = weigh(store, record)
+                        found[index] = weigh(store, record, plan.steps)
                     bar.advance(bar.task_ids[0])
                 records.append({"setting": name, "p": p, **_summary(p, list(found.values()))})
                 layers += [{"setting": name, "p": p, "layer": i, **_heads(a)} for i, a in found.items()]
@@ -101,23 +102,28 @@ def chosen_settings(presets: Sequence[str], changes: Sequence[str]) -> dict[str,
 
 
 @torch.inference_mode()
-def weigh(store: LayerStore, record: Record) -> Achieved:
-    """Take the recorded queries' steps one by one and weigh what each attends to.
+def weigh(store: LayerStore, record: Record, steps: int) -> Achieved:
+    """Take the last recorded queries' steps one by one and weigh what each attends to.
 
     Args:
         store: an empty layer of one row.
-        record: one row's queries, keys and values.
+        record: one row's queries, keys and values; queries before the last ``steps`` are shown to the selector as
+            the end of the prompt.
+        steps: at most as many as there are queries.
     """
-    sequences, (_, heads, steps, _) = store.sequences, record.query.shape
+    sequences, heads = store.sequences, record.query.shape[1]
     keys, values = record.keys.float(), record.values.float()
     start = keys.shape[2] - steps
     store.append(sequences.begin(0, start, 1, [0]), keys[:, :, :start], values[:, :, :start])
+    prompt, queries = record.query.float().split([record.query.shape[2] - steps, steps], 2)
+    if prompt.shape[2]:
+        store.observe(prompt, record.scaling)
     masses: list[Tensor] = []
     claimed: list[Tensor] = []
     kept: list[Tensor] = []
     for index in range(steps):
         end = start + index + 1
-        query, seen = record.query[:, :, index].float(), keys[:, :, :end]
+        query, seen = queries[:, :, index], keys[:, :, :end]
         shared = seen.repeat_interleave(heads // seen.shape[1], 1)
         logits = (shared @ query[..., None])[0, :, :, 0] * record.scaling
         inputs = AttentionInputs(query.contiguous(), seen, values[:, :, :end], logits, record.scaling)
@@ -125,9 +131,10 @@ def weigh(store: LayerStore, record: Record) -> Achieved:
         store.stats = None
         store.attend(inputs.query, record.scaling, step, seen[:, :, -1], inputs.values[:, :, -1])
         assert store.stats is not None
-        _, _, kept_tokens, claim = store.stats[0].T
+        assert store.coverage is not None
+        _, _, kept_tokens, claim, _ = store.stats[0].T
         masses.append(decode_check.attended_mass(store, step, inputs))
-        claimed.append(claim)
+        claimed.append(claim * store.coverage[0])
         kept.append(kept_tokens)
         store.flush(step.flushes)
     return Achieved(*(torch.stack(parts).double() for parts in (masses, claimed, kept)))

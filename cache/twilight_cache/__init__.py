@@ -3,23 +3,45 @@
 from .accounting import LayerBytes
 from .layer_store import DecodePolicy, LayerStore
 from .pool import PagePool
-from .selectors import SELECTORS, Full, Quest, Selector, Streaming
+from .selectors import (
+    SELECTORS,
+    Budget,
+    DoubleSparse,
+    Full,
+    LayerView,
+    Quest,
+    Selection,
+    Selector,
+    SelectorState,
+    SnapKV,
+    Streaming,
+    Tactic,
+    check_budget,
+)
 from .sequences import DRAFT_SLACK, Crop, Flush, Layout, SequenceBatch, Step
 
 __all__ = [
     "DRAFT_SLACK",
     "SELECTORS",
+    "Budget",
     "Crop",
     "DecodePolicy",
+    "DoubleSparse",
     "Flush",
     "Full",
     "LayerBytes",
     "LayerStore",
+    "LayerView",
     "Layout",
     "PagePool",
     "Quest",
+    "Selection",
     "Selector",
+    "SelectorState",
     "SequenceBatch",
+    "SnapKV",
     "Step",
     "Streaming",
+    "Tactic",
+    "check_budget",
 ]

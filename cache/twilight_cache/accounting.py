@@ -14,6 +14,7 @@ class LayerBytes:
         scales: ``lo`` and ``step`` of keys and values.
         sinks: first tokens in the model's dtype.
         window: last tokens in the model's dtype, room to grow included.
+        selector: what selectors noted down, room to grow included.
         unused: bytes of page slots that no sequence owns.
     """
 
@@ -21,12 +22,13 @@ class LayerBytes:
     scales: int = 0
     sinks: int = 0
     window: int = 0
+    selector: int = 0
     unused: int = 0
 
     @property
     def total(self) -> int:
         """All bytes that are allocated."""
-        return self.codes + self.scales + self.sinks + self.window
+        return self.codes + self.scales + self.sinks + self.window + self.selector
 
     def __add__(self, other: LayerBytes) -> LayerBytes:
         return LayerBytes(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(LayerBytes)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from twilight_kernels import (
 )
 
 from .accounting import LayerBytes
-from .selectors import Full, Selector
+from .selectors import NUM_QUERIES, Full, LayerView, Observer, Selection, Selector, SelectorState
 from .sequences import Crop, Flush, SequenceBatch, Step
 
 
@@ -36,7 +37,7 @@ class DecodePolicy:
         p: share of the attention mass that each query head keeps, in ``(0, 1]``.
         min_keep: packed tokens each head keeps at least.
         min_sparse_len: packed tokens below which a row attends to all of them.
-        selector: which pages are scored.
+        selector: which packed tokens may be attended.
     """
 
     p: float = 1.0
@@ -64,8 +65,10 @@ class LayerStore:
         self.values: ValuePages | None = None
         self.plain: PlainTokens | None = None
         self.tokens = 0  # logical tokens that this layer took; others may be a step ahead
-        self.stats: Tensor | None = None  # [B, H, 4] float64, see decode_attention
+        self.stats: Tensor | None = None  # [B, H, 5] float64, see decode_attention
+        self.coverage: Tensor | None = None  # [B, H] float64, added to: see Selection; NaN where unknown
         self.num_decodes = 0
+        self.selector_state = SelectorState()
 
     def append(self, step: Step, keys: Tensor, values: Tensor) -> None:
         """Take the tokens of ``step``: ``keys [B, K, T, Dk]``, ``values [B, K, T, Dv]``, any strides."""
@@ -101,16 +104,12 @@ class LayerStore:
         """Attend to the sequences as ``step`` left them, before its own pages were packed."""
         assert self.keys is not None and self.values is not None and self.plain is not None
         if self.stats is None or self.stats.shape[:2] != query.shape[:2]:
-            self.stats = torch.zeros(*query.shape[:2], 4, dtype=torch.float64, device=query.device)
-            self.num_decodes = 0
-        tables = step.block_table, step.num_pages, step.plain_len
-        if query.device.type != "cpu":
-            tables = tuple(t.to(query.device) for t in tables)  # type: ignore[assignment]
-        block_table, num_pages, plain_len = tables
+            self.stats = torch.zeros(*query.shape[:2], 5, dtype=torch.float64, device=query.device)
+            self.coverage, self.num_decodes = torch.zeros_like(self.stats[..., 0]), 0
+        block_table, num_pages, plain_len = _tables(step, query.device)
         policy = self.policy
-        candidates = None
-        if policy.p < 1.0 and step.most_pages * self.key_codec.page_size >= policy.min_sparse_len:
-            candidates = policy.selector.select(query, self.keys, block_table, num_pages, scaling)
+        selection = self.select(query, scaling, step)
+        self._add_coverage(selection, num_pages)
         self.num_decodes += 1
         return decode_attention(
             query,
@@ -126,9 +125,44 @@ class LayerStore:
             p=policy.p,
             min_keep=policy.min_keep,
             min_sparse_len=policy.min_sparse_len,
-            candidates=candidates,
+            candidates=None if selection is None else selection.pages,
+            candidate_tokens=None if selection is None else selection.tokens,
             stats=self.stats,
         )
+
+    def select(self, query: Tensor, scaling: float, step: Step) -> Selection | None:
+        """Return the candidates of a step for ``query [B, H, D]``; None if every packed token is one."""
+        pages = step.most_pages
+        if not pages or pages * self.key_codec.page_size < self.policy.min_sparse_len:
+            return None
+        block_table, num_pages, plain_len = _tables(step, query.device)
+        view = self._view(block_table, num_pages, plain_len - 1, scaling)
+        return self.policy.selector.select(query, view)
+
+    def observe(self, queries: Tensor, scaling: float) -> None:
+        """Show the selector the queries ``[B, H, T, D]`` of a forward of several tokens, which are stored already."""
+        selector, sequences = self.policy.selector, self.sequences
+        if not isinstance(selector, Observer) or not sequences.pages.any():
+            return
+        last = min(NUM_QUERIES, sequences.layout.window, queries.shape[2])
+        most, device = int(sequences.pages.max()), queries.device
+        tables = sequences.table[:, :most], sequences.pages.astype(np.int32), sequences.plain.astype(np.int32)
+        block_table, num_pages, plain_len = (torch.from_numpy(table.copy()).to(device) for table in tables)
+        selector.observe(queries[:, :, -last:].detach(), self._view(block_table, num_pages, plain_len, scaling))
+
+    def _add_coverage(self, selection: Selection | None, num_pages: Tensor) -> None:
+        """Count what share of the mass the candidates carry: all of it where every token is one."""
+        assert self.coverage is not None
+        if selection is None:
+            self.coverage += 1.0
+            return
+        known = torch.nan if selection.coverage is None else selection.coverage
+        is_dense = num_pages * self.key_codec.page_size < self.policy.min_sparse_len
+        self.coverage += torch.where(is_dense[:, None], 1.0, known)
+
+    def _view(self, block_table: Tensor, num_pages: Tensor, plain_len: Tensor, scaling: float) -> LayerView:
+        assert self.keys is not None and self.plain is not None
+        return LayerView(self.keys, block_table, num_pages, self.plain.keys, plain_len, scaling, self.selector_state)
 
     def flush(self, flushes: Sequence[Flush]) -> None:
         """Pack pages out of the windows, which must hold them already."""
@@ -177,6 +211,7 @@ class LayerStore:
         if plain is None or self.keys is None or self.values is None:
             return
         for crop in crops:
+            self.selector_state.crop(crop.row, int(self.sequences.pages[crop.row]))
             if crop.restored:
                 page_id = torch.tensor([crop.page_id], dtype=torch.int32, device=plain.keys.device)
                 keys = load_key_pages(self.keys, page_id, plain.keys.dtype)[0, :, : crop.restored]
@@ -191,12 +226,16 @@ class LayerStore:
             return
         index = rows.to(self.plain.keys.device)
         self.plain = PlainTokens(self.plain.keys.index_select(0, index), self.plain.values.index_select(0, index))
+        self.selector_state.select_rows(index)
         if self.stats is not None:
             self.stats = self.stats.index_select(0, index)
+        if self.coverage is not None:
+            self.coverage = self.coverage.index_select(0, index)
 
     def clear(self) -> None:
         """Drop every tensor."""
-        self.keys = self.values = self.plain = self.stats = None
+        self.keys = self.values = self.plain = self.stats = self.coverage = None
+        self.selector_state = SelectorState()
         self.tokens = 0
         self.num_decodes = 0
 
@@ -208,6 +247,14 @@ class LayerStore:
         self.keys = KeyPages(self.keys.codec, *(t.to(device) for t in _parts(self.keys)))
         self.values = ValuePages(self.values.codec, *(t.to(device) for t in _parts(self.values)))
         self.plain = PlainTokens(self.plain.keys.to(device), self.plain.values.to(device))
+        self.selector_state.move(device)
+
+    def mean_coverage(self) -> list[float] | None:
+        """Share of the attention mass that candidates, sinks and window carry, per query head; None if unknown."""
+        if self.coverage is None or not self.num_decodes or self.coverage.isnan().any():
+            return None
+        mean: list[float] = (self.coverage.mean(0) / self.num_decodes).tolist()
+        return mean
 
     def bytes_read(self, scored: Sequence[float], kept: Sequence[float]) -> float:
         """Bytes of pages that a step of one row reads: keys of scored tokens, values of kept ones, once a KV head.
@@ -247,6 +294,7 @@ class LayerStore:
             scales=sum(t.nbytes for t in scales),
             sinks=sinks,
             window=column * self.plain.capacity - sinks,
+            selector=self.selector_state.num_bytes,
             unused=packed - packed * min(self.sequences.pool.num_used, allocated) // allocated,
         )
 
@@ -309,6 +357,12 @@ class LayerStore:
         if capacity > self.keys.num_pages:
             self.keys = KeyPages(self.keys.codec, *(_grown(t, capacity) for t in _parts(self.keys)))
             self.values = ValuePages(self.values.codec, *(_grown(t, capacity) for t in _parts(self.values)))
+
+
+def _tables(step: Step, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Block table, pages and plain tokens of each row, where the layer's tensors are."""
+    tables = step.block_table, step.num_pages, step.plain_len
+    return tables if device.type == "cpu" else tuple(table.to(device) for table in tables)  # type: ignore[return-value]
 
 
 def _parts(pages: KeyPages | ValuePages) -> tuple[Tensor, Tensor, Tensor]:

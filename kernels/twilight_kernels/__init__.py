@@ -18,7 +18,7 @@ from .layout import (
     packed_size,
     value_token_bytes,
 )
-from .score import key_logits, page_scores
+from .score import channel_logits, key_logits, page_masses, page_scores
 from .top_p import top_p_threshold
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "ValueCodec",
     "ValuePages",
     "backend_name",
+    "channel_logits",
     "decode_attention",
     "key_logits",
     "key_token_bytes",
@@ -35,6 +36,7 @@ __all__ = [
     "load_value_pages",
     "pack",
     "packed_size",
+    "page_masses",
     "page_scores",
     "store_key_pages",
     "store_value_pages",

@@ -26,6 +26,7 @@ DONE = 21  # int64 [heads], chunks that are finished
 FLAGS = 22  # uint8 [heads, tokens], packed tokens that some query head keeps
 POSITIONS = 23  # of each thread: int32 [tokens], then float32 [2, tokens]
 QUERY_KIND, KEY_KIND, PAGE_SIZE, Q_PER_KV = 24, 25, 26, 27  # of workers that are not compiled for them
+NUM_CHANNELS = PLAIN_KEYS  # of `_numba_channels`, which sees no plain tokens
 # from here on what changes with every step, in the order in which `_numba_decode` packs it
 QUERY, QUERY_ROW, QUERY_HEAD = 28, 29, 30  # address, elements from row to row and from head to head
 OUT = 31
@@ -34,9 +35,10 @@ NUM_PAGES, PLAIN_LEN = 34, 35
 NEW_KEY, NEW_KEY_ROW, NEW_KEY_HEAD = 36, 37, 38  # 0 if no token is appended
 NEW_VALUE, NEW_VALUE_ROW, NEW_VALUE_HEAD = 39, 40, 41
 CANDIDATES, CANDIDATE_COLUMNS = 42, 43  # 0 if every page is scored
-MIN_KEEP, MIN_SPARSE_LEN = 44, 45
-STATS = 46  # float64 [heads * q_per_kv, 4], or 0
-SCALING, P = 47, 48  # float64
+CANDIDATE_TOKENS = 44  # bool [heads, candidate columns * page_size], or 0 if all tokens of a page are
+MIN_KEEP, MIN_SPARSE_LEN = 45, 46
+STATS = 47  # float64 [heads * q_per_kv, 5], or 0
+SCALING, P = 48, 49  # float64
 
 
 def new_block() -> np.ndarray:
@@ -84,8 +86,8 @@ def is_long(block, head, page_size):
 
 @inlined
 def is_sparse(block, head, page_size):
-    """Whether the row is pruned."""
-    return float_field(block, P) < 1.0 and is_long(block, head, page_size)
+    """Whether the row is pruned, or its candidates are single tokens."""
+    return (float_field(block, P) < 1.0 or block[CANDIDATE_TOKENS] != 0) and is_long(block, head, page_size)
 
 
 @inlined
@@ -134,5 +136,5 @@ def partial_of(block, head, chunk, q_per_kv, value_dim):
 
 @inlined
 def stats_of(block, q_per_kv):
-    """The caller's counters, ``[rows * query heads, 4]``."""
-    return carray(f64_at(block[STATS]), (block[ROWS] * block[KV_HEADS] * q_per_kv, 4))
+    """The caller's counters, ``[rows * query heads, 5]``."""
+    return carray(f64_at(block[STATS]), (block[ROWS] * block[KV_HEADS] * q_per_kv, 5))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ._numba_attend import BLOCK_TOKENS, attend_rows, merge, scratch_size
 from ._numba_block import (
+    CANDIDATE_TOKENS,
     CAPACITY,
     CHUNK_PAGES,
     CHUNKS,
@@ -74,7 +75,7 @@ from ._numba_numbers import (
 from ._numba_pool import BLOCK_SIZE, SOURCE_HASH, compile_worker, run, scratch
 from ._numba_prune import largest
 from ._numba_score import bias_of, fold_query, score_pages
-from ._numba_sparse import attend_kept, count_dense, prune
+from ._numba_sparse import attend_kept, count_dense, prune, score_candidates
 from .layout import KeyPages, PlainTokens, ValuePages
 
 _TASK_TOKENS = 1024  # tokens scored by one task
@@ -97,6 +98,7 @@ def decode_attention(
     min_keep: int = 0,
     min_sparse_len: int = 0,
     candidates: Tensor | None = None,
+    candidate_tokens: Tensor | None = None,
     stats: Tensor | None = None,
 ) -> Tensor:
     """See ``_reference.decode_attention``."""
@@ -104,10 +106,13 @@ def decode_attention(
     query, table = last_contiguous(query), block_table.contiguous()
     num_pages, plain_len = num_pages.contiguous(), plain_len.contiguous()
     out = torch.empty(rows, heads, plain.values.shape[3], dtype=query.dtype)
-    columns, listed = table.shape[1], (0, 0)
+    columns, listed = table.shape[1], (0, 0, 0)
     if candidates is not None:
         candidates = candidates.contiguous()
-        listed = candidates.data_ptr(), candidates.shape[2]
+        listed = candidates.data_ptr(), candidates.shape[2], 0
+        if candidate_tokens is not None:
+            candidate_tokens = candidate_tokens.contiguous()
+            listed = candidates.data_ptr(), candidates.shape[2], candidate_tokens.data_ptr()
     appended = (0,) * 6
     if new_key is not None and new_value is not None:
         new_key, new_value = last_contiguous(new_key), last_contiguous(new_value)
@@ -139,7 +144,7 @@ def decode_attention(
     return out
 
 
-_STEP = struct.Struct("=19q2d")  # what changes from step to step, from QUERY on
+_STEP = struct.Struct("=20q2d")  # what changes from step to step, from QUERY on
 
 
 @lru_cache(maxsize=1024)
@@ -318,7 +323,10 @@ def _page_chunk(key_kind, value_kind, page_size, q_per_kv, value_dim, group_size
     if first >= last:
         return
     logits = logits_of(block, head, q_per_kv)
-    score_pages(key_kind, page_size, q_per_kv, block, head, first, last, scratch)
+    if block[CANDIDATE_TOKENS] != 0 and is_sparse(block, head, page_size):
+        score_candidates(key_kind, page_size, q_per_kv, block, head, first, last, scratch)
+    else:
+        score_pages(key_kind, page_size, q_per_kv, block, head, first, last, scratch)
     for g in range(q_per_kv):
         partial[g, value_dim] = largest(logits[g], first * page_size, last * page_size)
     if is_sparse(block, head, page_size):

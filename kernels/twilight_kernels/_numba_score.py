@@ -71,7 +71,7 @@ def key_logits(query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: T
     (rows, heads, _), kv_heads, page_size = query.shape, pages.codes.shape[1], pages.codec.page_size
     query, table, num_pages = last_contiguous(query), block_table.contiguous(), num_pages.contiguous()
     out = torch.empty(rows, heads, table.shape[1] * page_size, dtype=torch.float32)
-    _mark_absent(out, num_pages, page_size)
+    mark_absent(out, num_pages, page_size)
     block = new_block()
     put_scoring(block, query, pages, table, num_pages, scaling)
     block[LOGITS], block[TOKENS] = out.data_ptr(), out.shape[2]
@@ -84,21 +84,33 @@ def key_logits(query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: T
 
 def page_scores(query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: Tensor, scaling: float) -> Tensor:
     """See ``_reference.page_scores``."""
+    return _of_bounds(_bounds_worker(0), query, pages, block_table, num_pages, scaling)
+
+
+def page_masses(query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: Tensor, scaling: float) -> Tensor:
+    """See ``_reference.page_masses``."""
+    return _of_bounds(_bounds_worker(1), query, pages, block_table, num_pages, scaling)
+
+
+def _of_bounds(
+    worker: int, query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: Tensor, scaling: float
+) -> Tensor:
+    """Run a worker that writes one number for each query head and page."""
     (rows, heads, _), kv_heads = query.shape, pages.codes.shape[1]
     query, table, num_pages = last_contiguous(query), block_table.contiguous(), num_pages.contiguous()
     out = torch.empty(rows, heads, table.shape[1], dtype=torch.float32)
-    _mark_absent(out, num_pages, 1)
+    mark_absent(out, num_pages, 1)
     block = new_block()
     put_scoring(block, query, pages, table, num_pages, scaling)
     block[LOGITS], block[TOKENS] = out.data_ptr(), table.shape[1]
     block[CHUNK_PAGES], block[CHUNKS] = _TASK_PAGES, -(-table.shape[1] // _TASK_PAGES)
     block[QUERY_KIND], block[KEY_KIND] = RAW_KIND[query.dtype], kind_of(pages)
     block[PAGE_SIZE], block[Q_PER_KV] = pages.codec.page_size, heads // kv_heads
-    run(_bounds_worker(), block.ctypes.data, rows * kv_heads * int(block[CHUNKS]))
+    run(worker, block.ctypes.data, rows * kv_heads * int(block[CHUNKS]))
     return out
 
 
-def _mark_absent(out: Tensor, num_pages: Tensor, page_size: int) -> None:
+def mark_absent(out: Tensor, num_pages: Tensor, page_size: int) -> None:
     """Fill what no page of a row writes with ``-inf``."""
     for row, count in enumerate(num_pages.tolist()):
         out[row, :, count * page_size :] = -torch.inf
@@ -128,7 +140,7 @@ def _logits_worker(dtype: int, key_kind: int, page_size: int, q_per_kv: int) -> 
 
 
 @cache
-def _bounds_worker() -> int:
+def _bounds_worker(is_mass: int) -> int:
     source = SOURCE_HASH
 
     def worker(arg):
@@ -148,12 +160,15 @@ def _bounds_worker() -> int:
             last = min(first + block[CHUNK_PAGES], row_pages(block, head))
             out = logits_of(block, head, q_per_kv)
             for index in range(first, last):
-                _read_bounds(block, page_of(block, head, index, 1), bounds, tokens)
+                read_bounds(block, page_of(block, head, index, 1), bounds, tokens)
                 for g in range(q_per_kv):
                     query = scratch[g * key_dim : (g + 1) * key_dim]
-                    out[g, index] = _bound(query, bounds[0], bounds[1])
+                    if is_mass:
+                        out[g, index] = _log_mass(query, bounds[0], bounds[1]) + np.log(np.float32(block[PAGE_SIZE]))
+                    else:
+                        out[g, index] = _bound(query, bounds[0], bounds[1])
 
-    return compile_worker(worker, "page_scores")
+    return compile_worker(worker, "page_masses" if is_mass else "page_scores")
 
 
 @fast
@@ -165,8 +180,18 @@ def _bound(query, low, width):
     return total
 
 
+@fast
+def _log_mass(query, low, width):
+    """Mean and half the variance of dot products with keys spread about the middle of ``[low, low + width]``."""
+    total = np.float32(0)
+    for d in range(query.size):
+        spread = query[d] * width[d] * np.float32(0.25)
+        total += query[d] * (low[d] + np.float32(0.5) * width[d]) + np.float32(0.5) * spread * spread
+    return total
+
+
 @exact
-def _read_bounds(block, page, bounds, tokens):
+def read_bounds(block, page, bounds, tokens):
     """Read the smallest key of each channel of a page and the range above it."""
     key_dim, kind, page_size = block[KEY_DIM], block[KEY_KIND], block[PAGE_SIZE]
     if kind < RAW_BF16:

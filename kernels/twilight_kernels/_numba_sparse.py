@@ -7,6 +7,8 @@ from numba import carray, literally
 
 from ._numba_attend import BLOCK_TOKENS, attend_rows
 from ._numba_block import (
+    CANDIDATE_COLUMNS,
+    CANDIDATE_TOKENS,
     CHUNKS,
     FLAGS,
     KEY_DIM,
@@ -28,6 +30,38 @@ from ._numba_ir import LANES
 from ._numba_numbers import LOWEST, fast, fast_exp, inlined, u8_at
 from ._numba_prune import find_threshold, mass_of
 from ._numba_rows import flag_at_least, flagged_positions
+from ._numba_score import score_pages
+
+_PRESENT = np.float32(-1.0e38)  # above ``LOWEST``, below every logit
+
+
+@fast
+def score_candidates(key_kind, page_size, q_per_kv, block, head, first, last, scratch):
+    """Write the logits of the candidate tokens of the listed pages ``first .. last``, the lowest for others."""
+    literally(key_kind)
+    literally(page_size)
+    literally(q_per_kv)
+    logits, is_candidate = logits_of(block, head, q_per_kv), _candidates_of(page_size, block, head)
+    for index in range(first, last):
+        start = index * page_size
+        if _count(is_candidate, start, start + page_size) > 0:
+            score_pages(key_kind, page_size, q_per_kv, block, head, index, index + 1, scratch)
+            for g in range(q_per_kv):
+                row = logits[g]
+                for i in range(start, start + page_size):
+                    row[i] = row[i] if is_candidate[i] else LOWEST
+        else:
+            for g in range(q_per_kv):
+                logits[g, start : start + page_size] = LOWEST
+
+
+@fast
+def _count(flags, first, last):
+    """Flags that are set."""
+    count = np.int64(0)
+    for i in range(first, last):
+        count += np.int64(flags[i])
+    return count
 
 
 @fast
@@ -41,7 +75,14 @@ def prune(page_size, q_per_kv, value_dim, block, head, near, totals):
     logits = logits_of(block, head, q_per_kv)
     flags = _flags_of(block, head)
     flags[:count] = 0
-    p, min_keep = np.float32(float_field(block, P)), min(block[MIN_KEEP], count)
+    scored, candidates = count, count
+    if block[CANDIDATE_TOKENS] != 0:
+        is_candidate, scored, candidates = _candidates_of(page_size, block, head), np.int64(0), np.int64(0)
+        for start in range(0, count, page_size):
+            found = _count(is_candidate, start, start + page_size)
+            scored += page_size if found > 0 else 0
+            candidates += found
+    p, min_keep = np.float32(float_field(block, P)), min(block[MIN_KEEP], candidates)
     plain = partial_of(block, head, 0, q_per_kv, value_dim)
     for g in range(q_per_kv):
         top = LOWEST
@@ -52,12 +93,16 @@ def prune(page_size, q_per_kv, value_dim, block, head, near, totals):
         forced = plain[g, value_dim + 1] * fast_exp(plain[g, value_dim] - peak)
         need = p * (mass + forced) - forced
         own = np.int64(0)
-        if count > 0 and (need > 0 or min_keep > 0):
-            limit = find_threshold(logits[g], count, top, peak, mass, need, min_keep, near)
+        if candidates > 0 and (p >= 1 or need > 0 or min_keep > 0):
+            limit = _PRESENT
+            if p < 1:
+                limit = find_threshold(logits[g], count, top, peak, mass, need, min_keep, near)
             own = flag_at_least(logits[g].ctypes.data, count // LANES, limit, flags.ctypes.data)
         if block[STATS] != 0:
-            stats_of(block, q_per_kv)[head * q_per_kv + g, 0] += count
-            stats_of(block, q_per_kv)[head * q_per_kv + g, 1] += own
+            stats = stats_of(block, q_per_kv)
+            stats[head * q_per_kv + g, 0] += scored
+            stats[head * q_per_kv + g, 1] += own
+            stats[head * q_per_kv + g, 4] += candidates
         totals[g, 0], totals[g, 1], totals[g, 2] = peak, mass + forced, top
 
 
@@ -112,6 +157,13 @@ def count_dense(page_size, q_per_kv, block, head):
         for column in range(3):
             stats[head * q_per_kv + g, column] += scored
         stats[head * q_per_kv + g, 3] += 1
+        stats[head * q_per_kv + g, 4] += scored
+
+
+@inlined
+def _candidates_of(page_size, block, head):
+    tokens = block[CANDIDATE_COLUMNS] * page_size
+    return carray(u8_at(block[CANDIDATE_TOKENS] + head * tokens), (tokens,))
 
 
 @inlined

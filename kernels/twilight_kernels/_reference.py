@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .layout import KeyPages, PlainTokens, ValuePages, packed_size, planes
 
+CHANNEL_CHUNK = 1024  # tokens for which ``channel_logits`` chooses channels
+
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack codes planar along the last axis.
@@ -142,17 +144,74 @@ def page_scores(query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: 
         page is.
     Source: Quest, arXiv 2406.10774, section 3.2, algorithm 1; the bounds are ``(lo, lo + levels * step)``.
     """
-    slots, wide = block_table.clamp_min(0).long(), _wide(query.dtype)
-    if pages.codec.is_raw:
-        low, high = pages.codes[slots].to(wide).aminmax(dim=-1)  # [B, P, K, D]
-    else:
-        low = pages.lo[slots].to(wide)
-        high = low + pages.codec.levels * pages.step[slots].to(wide)
+    low, high = _bounds(pages, block_table, _wide(query.dtype))  # [B, P, K, D]
     q = _per_kv_head(query, low.shape[2]) * scaling  # [B, K, G, D]
     bound = torch.maximum(torch.einsum("bkgd,bpkd->bkgpd", q, low), torch.einsum("bkgd,bpkd->bkgpd", q, high)).sum(-1)
-    scores = bound.flatten(1, 2)  # [B, H, P]
-    absent = torch.arange(slots.shape[1], device=slots.device) >= num_pages.view(-1, 1)
-    return scores.masked_fill(absent[:, None], -math.inf)
+    return _without_absent(bound.flatten(1, 2), num_pages)
+
+
+def page_masses(query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: Tensor, scaling: float) -> Tensor:
+    """Estimate the attention mass of each page from its bounds.
+
+    Args:
+        query: ``[B, H, D]`` model dtype.
+        pages: the layer's key pages.
+        block_table: ``[B, P]`` int32, logical page to slot.
+        num_pages: ``[B]`` int32, pages of each row.
+        scaling: factor of the logits.
+    Returns:
+        ``[B, H, P]`` float32, log of the estimated sum of ``exp(logit)`` over the page's tokens; ``-inf`` where no
+        page is.
+    Source: mean of a log-normal, ``page_size * exp(q . middle + sum((q * range / 4) ** 2) / 2)``: channels that do
+    not depend on each other, of standard deviation a quarter of their range.
+    """
+    low, high = _bounds(pages, block_table, _wide(query.dtype))  # [B, P, K, D]
+    q = _per_kv_head(query, low.shape[2]) * scaling  # [B, K, G, D]
+    mean = torch.einsum("bkgd,bpkd->bkgp", q, (low + high) / 2)
+    variance = torch.einsum("bkgd,bpkd->bkgp", q.square(), ((high - low) / 4).square())
+    return _without_absent((mean + variance / 2 + math.log(pages.codec.page_size)).flatten(1, 2), num_pages)
+
+
+def channel_logits(
+    query: Tensor, pages: KeyPages, num_channels: int, block_table: Tensor, num_pages: Tensor, scaling: float
+) -> Tensor:
+    """Approximate the logits of all packed keys from a few of their channels.
+
+    In each run of 1,024 tokens, the ``num_channels`` channels of the largest ``max |q| * range`` (maximum over the
+    query heads of a KV head, range summed over the pages) are read; every other counts as the middle of its range.
+
+    Args:
+        query: ``[B, H, D]`` model dtype.
+        pages: the layer's key pages.
+        num_channels: channels to read, ``1 .. D``.
+        block_table: ``[B, P]`` int32, logical page to slot.
+        num_pages: ``[B]`` int32, pages of each row.
+        scaling: factor of the logits.
+    Returns:
+        ``[B, H, P * page_size]`` float32, ``-inf`` past the last page of a row.
+    Source: Double Sparsity, arXiv 2408.07092, section 3.1 (scores from heavy channels); SparQ, arXiv 2312.04985,
+    section 4 (channels chosen by the query).
+    """
+    size, wide = pages.codec.page_size, _wide(query.dtype)
+    rows, count = block_table.shape
+    low, high = _bounds(pages, block_table, wide)
+    keys = load_key_pages(pages, block_table.clamp_min(0).flatten(), wide).unflatten(0, (rows, count))
+    q = _per_kv_head(query, low.shape[2]) * scaling  # [B, K, G, D]
+    out = torch.zeros(rows, query.shape[1], count * size, dtype=wide, device=query.device)
+    chunk = CHANNEL_CHUNK // size
+    for b in range(rows):
+        for first in range(0, int(num_pages[b]), chunk):
+            part = slice(first, min(first + chunk, int(num_pages[b])))
+            spread = (high - low)[b, part].sum(0)  # [K, D]
+            heavy = (q[b].abs().amax(1) * spread).topk(num_channels, -1).indices
+            is_heavy = torch.zeros_like(spread, dtype=torch.bool).scatter_(-1, heavy, True)
+            middle = ((low + high) / 2)[b, part].unsqueeze(2)  # [P, K, 1, D]
+            seen = torch.where(is_heavy[:, None], keys[b, part], middle)  # [P, K, page_size, D]
+            logits = torch.einsum("kgd,pktd->kgpt", q[b], seen)
+            out[b, :, part.start * size : part.stop * size] = logits.flatten(2).flatten(0, 1)
+    lens = (num_pages * size).view(-1, 1)
+    absent = torch.arange(out.shape[-1], device=out.device) >= lens
+    return out.masked_fill(absent[:, None], -math.inf)
 
 
 def key_logits(query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: Tensor, scaling: float) -> Tensor:
@@ -229,6 +288,7 @@ def decode_attention(
     min_keep: int = 0,
     min_sparse_len: int = 0,
     candidates: Tensor | None = None,
+    candidate_tokens: Tensor | None = None,
     stats: Tensor | None = None,
 ) -> Tensor:
     """Attend one query token a row to its plain tokens and to the packed tokens that carry the mass.
@@ -251,9 +311,11 @@ def decode_attention(
         min_sparse_len: rows with fewer packed tokens than this keep them all.
         candidates: ``[B, K, N]`` int32 logical pages to score, -1 padded, ascending; None scores every page.
             Rows below ``min_sparse_len`` ignore it.
-        stats: ``[B, H, 4]`` float64, added to: packed tokens scored; packed tokens the head itself needs;
-            packed tokens attended, the union over the query heads of its KV head; share of the scored mass
-            attended.
+        candidate_tokens: ``[B, K, N * page_size]`` bool, which tokens of those pages are candidates, needs
+            ``candidates``; None means all of them.
+        stats: ``[B, H, 5]`` float64, added to: packed tokens scored, whole pages; packed tokens the head itself
+            needs; packed tokens attended, the union over the query heads of its KV head; share of the
+            candidates' and plain tokens' mass attended; packed tokens that are candidates.
     Returns:
         ``[B, H, Dv]`` in the query's dtype.
     Source: Twilight, arXiv 2502.02770, section 4 (select, then prune); union over query heads, section 4.2.
@@ -272,11 +334,16 @@ def decode_attention(
         sparse = count * page_size >= min_sparse_len
         for k in range(kv_heads):
             logical = torch.arange(count, device=query.device)
+            chosen: slice | Tensor = slice(None)
             if candidates is not None and sparse:
                 logical = candidates[b, k][candidates[b, k] >= 0].long()
+                if candidate_tokens is not None:
+                    listed = candidate_tokens[b, k].unflatten(0, (-1, page_size))[: len(logical)]
+                    logical, listed = logical[listed.any(-1)], listed[listed.any(-1)]
+                    chosen = listed.flatten().nonzero()[:, 0]
             slots = block_table[b].long()[logical]
-            keys = load_key_pages(key_pages, slots, wide)[:, k].flatten(0, 1)  # [S, D]
-            values = load_value_pages(value_pages, slots, wide)[:, k].flatten(0, 1)
+            keys = load_key_pages(key_pages, slots, wide)[:, k].flatten(0, 1)[chosen]  # [S, D]
+            values = load_value_pages(value_pages, slots, wide)[:, k].flatten(0, 1)[chosen]
             q = query[b, k * per_kv : (k + 1) * per_kv].to(wide)  # [G, D]
             packed = q @ keys.T * scaling  # [G, S]
             forced = q @ plain.keys[b, k, :, :columns].to(wide) * scaling  # [G, columns]
@@ -291,11 +358,28 @@ def decode_attention(
             out[b, k * per_kv : (k + 1) * per_kv] = (logits.softmax(-1) @ value).to(query.dtype)
             if stats is not None:
                 block = stats[b, k * per_kv : (k + 1) * per_kv]
-                block[:, 0] += packed.shape[-1]
+                block[:, 0] += len(logical) * page_size
                 block[:, 1] += own.sum(-1)
                 block[:, 2] += kept.sum()
                 block[:, 3] += (torch.logsumexp(logits, -1) - total).exp()
+                block[:, 4] += packed.shape[-1]
     return out
+
+
+def _bounds(pages: KeyPages, block_table: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Least and largest key of each channel of each page, ``[B, P, K, D]``."""
+    slots = block_table.clamp_min(0).long()
+    if pages.codec.is_raw:
+        low, high = pages.codes[slots].to(wide).aminmax(dim=-1)
+        return low, high
+    low = pages.lo[slots].to(wide)
+    return low, low + pages.codec.levels * pages.step[slots].to(wide)
+
+
+def _without_absent(scores: Tensor, num_pages: Tensor) -> Tensor:
+    """Put ``-inf`` where a row has no page."""
+    absent = torch.arange(scores.shape[-1], device=scores.device) >= num_pages.view(-1, 1)
+    return scores.masked_fill(absent[:, None], -math.inf)
 
 
 def _codes(x: Tensor, lo: Tensor, step: Tensor, levels: int) -> Tensor:

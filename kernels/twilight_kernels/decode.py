@@ -26,6 +26,7 @@ def decode_attention(
     min_keep: int = 0,
     min_sparse_len: int = 0,
     candidates: Tensor | None = None,
+    candidate_tokens: Tensor | None = None,
     stats: Tensor | None = None,
 ) -> Tensor:
     """Attend one query token a row to its plain tokens and to the packed tokens that carry the mass.
@@ -48,9 +49,11 @@ def decode_attention(
         min_sparse_len: rows with fewer packed tokens than this keep them all.
         candidates: ``[B, K, N]`` int32 logical pages to score, -1 padded, ascending; None scores every page.
             Rows below ``min_sparse_len`` ignore it.
-        stats: ``[B, H, 4]`` float64, added to: packed tokens scored; packed tokens the head itself needs;
-            packed tokens attended, the union over the query heads of its KV head; share of the scored mass
-            attended.
+        candidate_tokens: ``[B, K, N * page_size]`` bool, which tokens of those pages are candidates, needs
+            ``candidates``; None means all of them.
+        stats: ``[B, H, 5]`` float64, added to: packed tokens scored, whole pages; packed tokens the head itself
+            needs; packed tokens attended, the union over the query heads of its KV head; share of the
+            candidates' and plain tokens' mass attended; packed tokens that are candidates.
     Returns:
         ``[B, H, Dv]`` in the query's dtype.
     Raises:
@@ -70,12 +73,14 @@ def decode_attention(
         )
     if new_key is not None or new_value is not None:
         _check_new(new_key, new_value, plain)
-    if candidates is not None or stats is not None:
-        _check_optional(query.shape, plain, candidates, stats)
+    if candidates is not None or candidate_tokens is not None:
+        _check_candidates(plain, candidates, candidate_tokens, key_pages.codec.page_size)
+    if stats is not None:
+        _check_stats(query.shape, stats)
     out: Tensor = kernels("decode", query, query.dtype).decode_attention(
         query, key_pages, value_pages, plain, block_table=block_table, num_pages=num_pages,
         plain_len=plain_len, scaling=scaling, new_key=new_key, new_value=new_value, p=p, min_keep=min_keep,
-        min_sparse_len=min_sparse_len, candidates=candidates, stats=stats,
+        min_sparse_len=min_sparse_len, candidates=candidates, candidate_tokens=candidate_tokens, stats=stats,
     )  # fmt: skip
     return out
 
@@ -113,17 +118,28 @@ def _check_new(new_key: Tensor | None, new_value: Tensor | None, plain: PlainTok
             )
 
 
-def _check_optional(query: torch.Size, plain: PlainTokens, candidates: Tensor | None, stats: Tensor | None) -> None:
+def _check_candidates(
+    plain: PlainTokens, candidates: Tensor | None, candidate_tokens: Tensor | None, page_size: int
+) -> None:
     rows, kv_heads, _, _ = plain.form
-    if candidates is not None and (
-        candidates.dim() != 3 or candidates.shape[:2] != (rows, kv_heads) or candidates.dtype != torch.int32
-    ):
+    if candidates is None:
+        raise ValueError("candidate_tokens must come with candidates, the pages they are of, got only the tokens")
+    if candidates.dim() != 3 or candidates.shape[:2] != (rows, kv_heads) or candidates.dtype != torch.int32:
         raise ValueError(
             f"candidates must be [{rows}, {kv_heads}, N] int32, got {list(candidates.shape)} {candidates.dtype}"
         )
-    if stats is not None and (
-        stats.shape != (rows, query[1], 4) or stats.dtype != torch.float64 or not stats.is_contiguous()
-    ):
+    if candidate_tokens is None:
+        return
+    shape = (rows, kv_heads, candidates.shape[2] * page_size)
+    if candidate_tokens.shape != shape or candidate_tokens.dtype != torch.bool:
         raise ValueError(
-            f"stats must be contiguous [{rows}, {query[1]}, 4] float64, got {list(stats.shape)} {stats.dtype}"
+            f"candidate_tokens must be {list(shape)} bool, a token of each candidate page, got "
+            f"{list(candidate_tokens.shape)} {candidate_tokens.dtype}"
+        )
+
+
+def _check_stats(query: torch.Size, stats: Tensor) -> None:
+    if stats.shape != (query[0], query[1], 5) or stats.dtype != torch.float64 or not stats.is_contiguous():
+        raise ValueError(
+            f"stats must be contiguous [{query[0]}, {query[1]}, 5] float64, got {list(stats.shape)} {stats.dtype}"
         )

@@ -31,6 +31,56 @@ def page_scores(query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: 
     return scores
 
 
+def page_masses(query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: Tensor, scaling: float) -> Tensor:
+    """Estimate the attention mass of each page from its bounds.
+
+    Args:
+        query: ``[B, H, D]`` model dtype.
+        pages: the layer's key pages.
+        block_table: ``[B, P]`` int32, logical page to slot.
+        num_pages: ``[B]`` int32, pages of each row.
+        scaling: factor of the logits.
+    Returns:
+        ``[B, H, P]`` float32, log of the estimated sum of ``exp(logit)`` over the page's tokens; ``-inf`` where no
+        page is.
+    Raises:
+        ValueError: shapes or dtypes that disagree.
+    Reference: ``_reference.page_masses``.
+    """
+    _check(query, pages, block_table, num_pages)
+    module = kernels("score", query, query.dtype)
+    masses: Tensor = module.page_masses(query, pages, block_table, num_pages, scaling)
+    return masses
+
+
+def channel_logits(
+    query: Tensor, pages: KeyPages, num_channels: int, block_table: Tensor, num_pages: Tensor, scaling: float
+) -> Tensor:
+    """Approximate the logits of all packed keys from a few of their channels.
+
+    Args:
+        query: ``[B, H, D]`` model dtype.
+        pages: the layer's key pages.
+        num_channels: channels to read, ``1 .. D``: those in which, within 1,024 tokens, the keys differ most for
+            the query heads of their KV head. All others count as the middle of a page's range.
+        block_table: ``[B, P]`` int32, logical page to slot.
+        num_pages: ``[B]`` int32, pages of each row.
+        scaling: factor of the logits.
+    Returns:
+        ``[B, H, P * page_size]`` float32, ``-inf`` past the last page of a row.
+    Raises:
+        ValueError: ``num_channels`` out of range, or shapes or dtypes that disagree.
+    Source: Double Sparsity, arXiv 2408.07092, section 3.1; SparQ, arXiv 2312.04985, section 4. Reference:
+    ``_reference.channel_logits``.
+    """
+    _check(query, pages, block_table, num_pages)
+    if not 1 <= num_channels <= query.shape[2]:
+        raise ValueError(f"num_channels must be 1 to {query.shape[2]}, the head dim, got {num_channels}")
+    module = kernels("channels", query, query.dtype)
+    logits: Tensor = module.channel_logits(query, pages, num_channels, block_table, num_pages, scaling)
+    return logits
+
+
 def key_logits(query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: Tensor, scaling: float) -> Tensor:
     """Compute the logits of all packed keys.
 

@@ -30,7 +30,7 @@ def _store(**changes: Any) -> LayerStore:
 
 @pytest.mark.parametrize("p", [0.8, 0.95])
 def test_unrounded_keys_deliver_what_is_asked(p: float) -> None:
-    found = weigh(_store(key_bits=16, value_bits=16, key_clip=1.0, p=p), _record(200, 40))
+    found = weigh(_store(key_bits=16, value_bits=16, key_clip=1.0, p=p), _record(200, 40), 40)
     assert found.mass.shape == found.kept.shape == (40, 4)
     assert found.mass.min() >= p - 1e-6
     assert found.mass.max() <= 1.0 + 1e-9
@@ -40,7 +40,7 @@ def test_unrounded_keys_deliver_what_is_asked(p: float) -> None:
 
 
 def test_rounded_keys_fall_short_of_their_claim_somewhere() -> None:
-    found = weigh(_store(key_bits=2, value_bits=2, p=0.8), _record(200, 40))
+    found = weigh(_store(key_bits=2, value_bits=2, p=0.8), _record(200, 40), 40)
     assert found.mass.min() < 0.8
     assert (found.claimed - found.mass).abs().max() > 1e-3
 

@@ -84,7 +84,7 @@ def test_decode_kernel_equals_the_stock_cache_for_any_mask(llama: LlamaForCausal
     real = torch.ones_like(ids, dtype=torch.bool) if given is None else given.bool()
     expected = _logits(_with(llama, "sdpa"), ids, given, DynamicCache(config=llama.config), [70])
     model = _with(llama, "twilight")
-    cache = TwilightCache(model.config, "exact", selector="quest", **SMALL)
+    cache = TwilightCache(model.config, "exact", selector="quest", budget=1.0, **SMALL)
     assert not cache.settings.is_exact
     found = _logits(model, ids, given, cache, [70])
     torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-4)

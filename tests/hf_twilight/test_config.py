@@ -9,13 +9,13 @@ import pytest
 
 from hf_twilight import PRESETS, TwilightConfig
 from hf_twilight.config import CONFIG_NAME, as_config
-from twilight_cache import Full, Quest, Streaming
+from twilight_cache import DecodePolicy, DoubleSparse, Full, Quest, Selector, SnapKV, Streaming, Tactic
 
 # every setting at another value than its default
 CHANGED: dict[str, Any] = {
     "key_bits": 2, "value_bits": 8, "page_size": 32, "group_size": 32, "key_clip": 0.9, "num_sinks": 0,
-    "window": 7, "p": 0.5, "min_keep": 3, "selector": "quest", "candidate_fraction": 0.5,
-    "candidate_tokens": 77, "dense_layers": (3,), "min_sparse_len": 5,
+    "window": 7, "p": 0.5, "min_keep": 3, "selector": "quest", "budget": 77,
+    "dense_layers": (3,), "min_sparse_len": 5,
 }  # fmt: skip
 
 
@@ -68,11 +68,10 @@ def test_unknown_preset_names_the_nearest() -> None:
         *[("group_size", v) for v in (0, -16, 8, 40)],
         *[("key_clip", v) for v in (0, 0.0, 1.5, -1.0, float("nan"))],
         *[("p", v) for v in (0, 0.0, 1.0001, -0.5, float("nan"), True, "0.9", None)],
-        *[("candidate_fraction", v) for v in (0, 2, float("nan"))],
         *[("num_sinks", v) for v in (-1, 1.5, True, "4", None)],
         *[("window", v) for v in (0, -1, 1.5, None)],
         *[("min_keep", v) for v in (-1, 0.5)],
-        *[("candidate_tokens", v) for v in (0, -1)],
+        *[("budget", v) for v in (0, -1, 0.0, 1.5, float("nan"), True, "0.5")],
         *[("min_sparse_len", v) for v in (-1, 0.5)],
         *[("dense_layers", v) for v in ((-1,), (0.5,), ("0",), [True])],
         *[("selector", v) for v in ("best", "", None, 3)],
@@ -112,20 +111,51 @@ def test_as_config_refuses_other_types(given: Any) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"p": 0.99}, {"key_bits": 8}, {"value_bits": 8}, {"selector": "quest"}, {"selector": "streaming"}],
+    [
+        {"p": 0.99},
+        {"key_bits": 8},
+        {"value_bits": 8},
+        {"selector": "quest", "budget": 1.0},
+        {"selector": "snapkv", "budget": 9},
+    ],
 )
 def test_is_exact_only_if_nothing_is_rounded_or_left_out(changes: dict[str, Any]) -> None:
     assert PRESETS["exact"].is_exact
     assert not TwilightConfig.preset("exact", **changes).is_exact
 
 
-def test_policy_keeps_dense_layers_whole() -> None:
-    config = TwilightConfig(p=0.9, dense_layers=(1,), selector="quest", candidate_fraction=0.5, candidate_tokens=9)
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"budget": 0.5}, "budget must be None with selector 'full', got 0.5"),
+        ({"selector": "streaming"}, "selector 'streaming' must have a budget, got None; pass budget=0.25"),
+        ({"selector": "snapkv"}, "selector 'snapkv' must have a budget, got None"),
+        ({"selector": "quest", "p": 1.0}, "selector 'quest' with p = 1 must have a budget, got None"),
+        ({"selector": "tactic", "p": 1.0}, "selector 'tactic' with p = 1 must have a budget, got None"),
+    ],
+)
+def test_combinations_without_meaning_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        TwilightConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "selector"),
+    [
+        ({}, Full()),
+        ({"selector": "quest", "budget": 9}, Quest(9, 0.95)),
+        ({"selector": "quest"}, Quest(None, 0.95)),
+        ({"selector": "tactic"}, Tactic(None, 0.95)),
+        ({"selector": "double_sparse", "budget": 0.5}, DoubleSparse(0.5, 0.95)),
+        ({"selector": "streaming", "budget": 9}, Streaming(9)),
+        ({"selector": "snapkv", "budget": 0.1}, SnapKV(0.1)),
+    ],
+)
+def test_policy_holds_the_selector_and_keeps_dense_layers_whole(settings: dict[str, Any], selector: Selector) -> None:
+    config = TwilightConfig(p=0.9, dense_layers=(1,), **settings)
     assert config.policy(0).p == 0.9
-    assert config.policy(0).selector == Quest(0.5, 9)
-    assert config.policy(1).p == 1.0
-    assert config.policy(1).selector == Full()
-    assert TwilightConfig(selector="streaming", candidate_tokens=9, dense_layers=()).policy(0).selector == Streaming(9)
+    assert config.policy(0).selector == selector
+    assert config.policy(1) == DecodePolicy(p=1.0, selector=Full())
 
 
 def test_codecs_and_layout_follow_the_settings() -> None:

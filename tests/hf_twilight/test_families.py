@@ -22,7 +22,7 @@ SMALL: dict[str, Any] = {
 EXACT = TwilightConfig.preset("exact", **SMALL)
 PACKED = TwilightConfig.preset("quality", **SMALL)
 # raw pages and p = 1, and yet not exact: decode runs in the kernel
-KERNEL = TwilightConfig.preset("exact", selector="quest", **SMALL)
+KERNEL = TwilightConfig.preset("exact", selector="quest", budget=1.0, **SMALL)
 
 BASE: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,

@@ -42,7 +42,7 @@ SMALL: dict[str, Any] = {
 EXACT = TwilightConfig.preset("exact", **SMALL)
 PACKED = TwilightConfig.preset("quality", **SMALL)
 # raw pages and p = 1, and yet not exact: decode runs in the kernel, which must then agree token for token
-KERNEL = TwilightConfig.preset("exact", selector="quest", **SMALL)
+KERNEL = TwilightConfig.preset("exact", selector="quest", budget=1.0, **SMALL)
 OURS: dict[str, Any] = {"cache_implementation": "twilight", "cache_config": EXACT.to_dict()}
 
 Generate = Callable[..., Tensor]

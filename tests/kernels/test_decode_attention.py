@@ -47,7 +47,7 @@ def _pages(page_size: int = 64) -> tuple[int, ...]:
 def _decode(kernel: Callable[..., Tensor], scene: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """Return output and counters."""
     arguments, step = scene.inputs()
-    stats = torch.zeros(*scene.query.shape[:2], 4, dtype=torch.float64, device=scene.query.device)
+    stats = torch.zeros(*scene.query.shape[:2], 5, dtype=torch.float64, device=scene.query.device)
     return kernel(*arguments, **{**step, "stats": stats, **options}), stats
 
 
@@ -92,7 +92,7 @@ def test_is_the_attention_of_the_reference(case: dict[str, Any], p: float, make_
     rows = None if p == 1.0 else _decided(scene, p, min_keep=3)
     if rows is not None:
         stats, exact_stats = stats[rows], exact_stats[rows]
-    assert torch.equal(stats[..., :3], exact_stats[..., :3])
+    assert torch.equal(stats[..., [0, 1, 2, 4]], exact_stats[..., [0, 1, 2, 4]])
     assert torch.allclose(stats[..., 3], exact_stats[..., 3], atol=1e-5, rtol=0)
     _assert_close(scene, found, exact, eager, rows)
 
@@ -115,6 +115,33 @@ def test_candidates_alone_are_scored(case: dict[str, Any], p: float, make_scene:
     _assert_close(scene, found, exact, eager, rows)
 
 
+@pytest.mark.parametrize("p", [0.9, 1.0])
+def test_candidate_tokens_alone_are_attended(case: dict[str, Any], p: float, make_scene: Callable[..., Any]) -> None:
+    scene = make_scene(pages=_pages(case["page_size"]), plain=PLAIN, **case)
+    candidates = torch.full((5, 2, 4), -1, dtype=torch.int32, device=scene.query.device)
+    candidates[1, 0, 0] = 0
+    candidates[2, 0, :3] = torch.tensor([0, 2, 4])
+    candidates[3, 1, :3] = torch.arange(3)
+    candidates[4, :, :] = torch.tensor([[1, 5, 7, 8], [0, 2, 3, 6]])
+    draw = torch.Generator().manual_seed(3)
+    tokens = (torch.rand(5, 2, 4 * case["page_size"], generator=draw) < 0.3).to(scene.query.device)
+    tokens[3, 1] = False  # pages without a candidate
+    tokens[4, 0, : case["page_size"]] = True
+    options = {"p": p, "candidates": candidates, "candidate_tokens": tokens, "min_keep": 2}
+    found, stats = _decode(decode_attention, scene, **options)
+    exact, exact_stats = _decode(_reference.decode_attention, scene.wide(), **options)
+    eager, _ = _decode(_reference.decode_attention, scene, **options)
+    rows = None if p == 1.0 else _decided(scene, p, candidates=candidates, candidate_tokens=tokens, min_keep=2)
+    listed = (candidates >= 0).repeat_interleave(case["page_size"], -1) & tokens
+    in_pages = listed.unflatten(-1, (4, -1)).any(-1).sum(-1) * case["page_size"]
+    for column, expected in ((0, in_pages), (4, listed.sum(-1))):
+        assert torch.equal(stats[..., column], expected.double().repeat_interleave(case["q_per_kv"], 1))
+        assert torch.equal(stats[..., column], exact_stats[..., column])
+    if p == 1.0:
+        assert torch.equal(stats[..., 1:3], stats[..., 4:].expand(-1, -1, 2))
+    _assert_close(scene, found, exact, eager, rows)
+
+
 def test_every_head_keeps_its_mass_and_no_more_than_it_needs(
     case: dict[str, Any], make_scene: Callable[..., Any]
 ) -> None:
@@ -124,7 +151,8 @@ def test_every_head_keeps_its_mass_and_no_more_than_it_needs(
     before = None
     for p in PS[:-1]:
         _, stats = _decode(decode_attention, scene, p=p)
-        scored, own, union, share = stats.unbind(-1)
+        scored, own, union, share, candidates = stats.unbind(-1)
+        assert torch.equal(scored, candidates)
         assert bool((share >= p - 1e-5).all())
         assert bool((share <= 1 + 1e-5).all())
         by_kv_head = own.unflatten(1, (-1, heads))
@@ -200,6 +228,16 @@ def test_rows_below_min_sparse_len_are_dense(make_scene: Callable[..., Any]) -> 
     assert torch.equal(stats[~is_sparse], dense_stats[~is_sparse])
     assert torch.equal(mixed[is_sparse], pruned[is_sparse])
     assert torch.equal(stats[is_sparse], pruned_stats[is_sparse])
+
+
+def test_candidate_tokens_without_pages_are_refused(make_scene: Callable[..., Any]) -> None:
+    scene = make_scene(pages=(3, 3), plain=(5, 70))
+    every, tokens = torch.zeros(2, 2, 3, dtype=torch.int32), torch.ones(2, 2, 3 * 64, dtype=torch.bool)
+    with pytest.raises(ValueError, match="candidate_tokens must come with candidates"):
+        _decode(decode_attention, scene, candidate_tokens=tokens.to(scene.query.device))
+    for wrong in (tokens[..., 1:], tokens.float()):
+        with pytest.raises(ValueError, match=r"candidate_tokens must be \[2, 2, 192\] bool"):
+            _decode(decode_attention, scene, candidates=every, candidate_tokens=wrong)
 
 
 def test_candidates_that_name_every_page_change_nothing(make_scene: Callable[..., Any]) -> None:
@@ -288,8 +326,8 @@ def test_float64_runs_on_the_reference(make_scene: Callable[..., Any]) -> None:
         ({"new_value": torch.zeros(2, 2, 64).half()}, r"new_value must be .* got \[2, 2, 64\] torch.float16"),
         ({"candidates": torch.zeros(2, 6, 3).int()}, r"candidates must be \[2, 2, N\] int32"),
         ({"candidates": torch.zeros(2, 2, 3)}, r"candidates must be \[2, 2, N\] int32"),
-        ({"stats": torch.zeros(2, 6, 4)}, r"stats must be contiguous \[2, 6, 4\] float64"),
-        ({"stats": torch.zeros(2, 4, 6).double().transpose(1, 2)}, "stats must be contiguous"),
+        ({"stats": torch.zeros(2, 6, 5)}, r"stats must be contiguous \[2, 6, 5\] float64"),
+        ({"stats": torch.zeros(2, 5, 6).double().transpose(1, 2)}, "stats must be contiguous"),
     ],
 )
 def test_refuses(changed: dict[str, Any], said: str, make_scene: Callable[..., Any]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from twilight_kernels import _reference, key_logits, page_scores
+from twilight_kernels import _reference, channel_logits, key_logits, page_masses, page_scores
 
 # every width of code, page size, number of query heads and dtype once, and some pairs of them
 CASES: list[dict[str, Any]] = [
@@ -53,6 +53,67 @@ def test_page_scores_bound_the_logits(case: dict[str, Any], make_scene: Callable
     assert bool(((scores - exact).abs().masked_fill(absent, 0) <= rounding).all())
     logits = _reference.key_logits(*_arguments(scene.wide())).unflatten(-1, (3, case["page_size"]))
     assert bool((scores + rounding >= logits.amax(-1)).all())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_page_masses_are_those_of_float64_but_for_rounding(
+    case: dict[str, Any], make_scene: Callable[..., Any]
+) -> None:
+    scene = make_scene(pages=(3, 0, 1), plain=(1, 1, 1), **case)
+    masses, exact = page_masses(*_arguments(scene)), _reference.page_masses(*_arguments(scene.wide()))
+    absent = exact == -torch.inf
+    assert torch.equal(masses == -torch.inf, absent)
+    # the variance is a sum of positive terms: it rounds relative to itself
+    rounding = scene.logit_rounding()[..., None] + 16 * torch.finfo(torch.float32).eps * exact.abs()
+    assert bool(((masses - exact).abs().masked_fill(absent, 0) <= rounding).all())
+
+
+def test_page_masses_see_a_heavy_page(make_scene: Callable[..., Any]) -> None:
+    """Keys drawn as the estimate supposes: it is near the true mass, where the bound is far above it."""
+    scene = make_scene(pages=(12,), plain=(1,), sharpness=1.0)
+    logits = key_logits(*_arguments(scene)).unflatten(-1, (12, 64))
+    error = (page_masses(*_arguments(scene)) - logits.logsumexp(-1)).abs().mean()
+    assert float(error) < 0.2 * float((page_scores(*_arguments(scene)) - logits.amax(-1)).mean())
+
+
+def _channel_arguments(scene: Any, num_channels: int) -> tuple[Any, ...]:
+    return scene.query, scene.key_pages, num_channels, scene.block_table, scene.num_pages, scene.scaling
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("num_channels", [1, 7, None])
+def test_channel_logits_are_those_of_float64_but_for_rounding(
+    case: dict[str, Any], num_channels: int | None, make_scene: Callable[..., Any]
+) -> None:
+    pages = 1 + 1024 // case["page_size"]  # channels are chosen again after 1,024 tokens
+    scene = make_scene(pages=(pages, 0, 2), plain=(1, 1, 1), **case)
+    count = case["key_dim"] if num_channels is None else num_channels
+    exact = _reference.channel_logits(*_channel_arguments(scene.wide(), count))
+    found = channel_logits(*_channel_arguments(scene, count))
+    assert found.dtype == torch.float32
+    absent = exact == -torch.inf
+    assert torch.equal(found == -torch.inf, absent)
+    # a channel on the border of the choice may be in one list and not in the other: no scene here has one
+    error = (found.double() - exact).abs().masked_fill(absent, 0).amax(-1)
+    assert bool((error <= 2 * scene.logit_rounding()).all())
+    if num_channels is None:
+        logits = _reference.key_logits(*_arguments(scene.wide()))
+        assert torch.allclose(exact.masked_fill(absent, 0), logits.masked_fill(absent, 0), atol=1e-9, rtol=0)
+
+
+def test_channel_logits_come_closer_with_more_channels(make_scene: Callable[..., Any]) -> None:
+    scene = make_scene(pages=(5,), plain=(1,))
+    exact, errors = key_logits(*_arguments(scene)), []
+    for count in (1, 4, 16, 63):
+        errors.append(float((channel_logits(*_channel_arguments(scene, count)) - exact).square().mean()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[2] < 0.6 * errors[0]
+
+
+@pytest.mark.parametrize("count", [0, 65])
+def test_channel_logits_refuse_channels_that_do_not_exist(count: int, make_scene: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match="num_channels must be 1 to 64"):
+        channel_logits(*_channel_arguments(make_scene(), count))
 
 
 def test_a_row_scores_as_it_does_alone(make_scene: Callable[..., Any]) -> None:

@@ -1,42 +1,40 @@
-"""Selectors: cheap page scores to candidate pages, one file each."""
+"""Selectors: which packed tokens a decode step may attend to, one file each."""
 
 from __future__ import annotations
 
-from typing import Protocol
-
-from torch import Tensor
-
-from twilight_kernels import KeyPages
-
+from .budget import Budget, check_budget
+from .double_sparse import DoubleSparse
 from .full import Full
 from .quest import Quest
+from .selector import LayerView, Observer, Selection, Selector
+from .snapkv import NUM_QUERIES, SnapKV
+from .state import SelectorState
 from .streaming import Streaming
+from .tactic import Tactic
 
-__all__ = ["SELECTORS", "Full", "Quest", "Selector", "Streaming"]
+__all__ = [
+    "NUM_QUERIES",
+    "SELECTORS",
+    "Budget",
+    "DoubleSparse",
+    "Full",
+    "LayerView",
+    "Observer",
+    "Quest",
+    "Selection",
+    "Selector",
+    "SelectorState",
+    "SnapKV",
+    "Streaming",
+    "Tactic",
+    "check_budget",
+]
 
-
-class Selector(Protocol):
-    """Choose the pages whose tokens a decode step scores."""
-
-    def select(
-        self, query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: Tensor, scaling: float
-    ) -> Tensor | None:
-        """Return candidate pages.
-
-        Args:
-            query: ``[B, H, D]`` model dtype.
-            pages: the layer's key pages, on the query's device.
-            block_table: ``[B, P]`` int32, logical page to slot.
-            num_pages: ``[B]`` int32, pages of each row.
-            scaling: factor of the logits.
-        Returns:
-            ``[B, K, N]`` int32 logical pages, ascending, -1 padded; None for all pages.
-        """
-        ...
-
-
-SELECTORS: dict[str, type[Full] | type[Quest] | type[Streaming]] = {
+SELECTORS: dict[str, type[Selector]] = {
     "full": Full,
     "quest": Quest,
+    "tactic": Tactic,
+    "double_sparse": DoubleSparse,
     "streaming": Streaming,
+    "snapkv": SnapKV,
 }

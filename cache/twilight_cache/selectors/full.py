@@ -1,4 +1,4 @@
-"""Every page is a candidate: the pruner alone decides (Twilight, arXiv 2502.02770, "Full" selector)."""
+"""Every packed token is a candidate: the pruner alone decides (Twilight, arXiv 2502.02770, "Full" selector)."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from twilight_kernels import KeyPages
+from .selector import LayerView, Selection
 
 
 @dataclass(frozen=True)
 class Full:
     """Score all pages: ``p`` is then a share of the true mass over packed keys."""
 
-    def select(
-        self, query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: Tensor, scaling: float
-    ) -> Tensor | None:
-        """Return None: all pages."""
+    def select(self, query: Tensor, layer: LayerView) -> Selection | None:
+        """Return None: all tokens."""
         return None

@@ -10,28 +10,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from twilight_kernels import KeyPages
+from .budget import Budget, budget_tokens
+from .selector import LayerView, Selection
 
 
 @dataclass(frozen=True)
 class Streaming:
-    """Score only the last pages (sinks and window are attended to in any case).
+    """Take only the last pages (sinks and window are attended to in any case).
 
     Args:
-        recent_tokens: packed tokens before the window to score, rounded up to whole pages.
+        budget: packed tokens before the window, or their share, to attend to, rounded up to whole pages.
     """
 
-    recent_tokens: int = 1024
+    budget: Budget = 0.25
 
-    def select(
-        self, query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: Tensor, scaling: float
-    ) -> Tensor | None:
+    def select(self, query: Tensor, layer: LayerView) -> Selection | None:
         """Return the last pages of each row; see ``Selector.select``."""
-        count = -(-self.recent_tokens // pages.codec.page_size)
-        if count >= int(num_pages.max()):
+        size, pages = layer.page_size, layer.row_pages
+        counts = [-(-budget_tokens(self.budget, count * size) // size) for count in pages]
+        if counts == pages:
             return None
-        offset = torch.arange(count, device=num_pages.device)
-        first = (num_pages.view(-1, 1) - count).clamp_min(0)
-        index = first + offset
-        index = torch.where(index < num_pages.view(-1, 1), index, -1).to(torch.int32)
-        return index[:, None].expand(-1, pages.codes.shape[1], -1).contiguous()
+        offset = torch.arange(max(1, *counts), device=query.device)
+        count = torch.tensor(counts, device=query.device).view(-1, 1)
+        index = layer.num_pages.view(-1, 1) - count + offset
+        index = torch.where(offset < count, index, -1).to(torch.int32)
+        return Selection(index[:, None].expand(-1, layer.kv_heads, -1))
