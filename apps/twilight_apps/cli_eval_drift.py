@@ -155,7 +155,7 @@ def _drift(
     json: bool,
     **plan: Any,
 ) -> None:
-    from . import eval_drift, eval_output, eval_plots, eval_texts
+    from . import eval_drift, eval_drift_tables, eval_output, eval_plots, eval_texts
 
     given = {
         name: tuple(value) if isinstance(value, list) else value
@@ -171,7 +171,7 @@ def _drift(
     texts = eval_texts.named_texts(text or [])
     eval_output.require_plotting(out)
     result = eval_drift.run(model, dtype, texts, settings, presets, baselines or [])
-    eval_drift.print_results(result, "ppl" if command == "ppl" else "kl")
+    eval_drift_tables.print_results(result, "ppl" if command == "ppl" else "kl")
     eval_output.finish(
         command, result, result["records"], out, json, lambda path: eval_plots.draw_drift(result, command, path)
     )

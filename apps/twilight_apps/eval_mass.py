@@ -149,7 +149,8 @@ def _summary(p: float, found: list[Achieved]) -> dict[str, Any]:
         **{name: float(mass.quantile(q)) for name, q in _QUANTILES.items()},
         "least": float(mass.min()),
         "share_reached": float((mass >= p - _SLACK).double().mean()),
-        "claimed_median": float(claimed.median()),
+        # a selector that knows nothing of the whole mass claims nothing
+        "claimed_median": None if claimed.isnan().any() else float(claimed.median()),
         "kept_tokens": float(torch.cat([a.kept.flatten() for a in found]).mean()),
         "heads_and_steps": mass.numel(),
     }

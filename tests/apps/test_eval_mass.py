@@ -61,6 +61,19 @@ def test_eval_mass_reports_asked_and_achieved(cli: Callable[..., Any], tiny_mode
     assert (tmp_path / "mass.png").is_file()
 
 
+@pytest.mark.parametrize("selector", ["streaming", "snapkv", "tactic"])
+def test_eval_mass_weighs_what_selectors_leave_out(cli: Callable[..., Any], tiny_model: str, selector: str) -> None:
+    budget = ["--set", "p=0.9"] if selector == "tactic" else ["--set", "budget=0.25"]
+    result = cli(
+        "eval", "mass", "--small", "--model", tiny_model, "--context", 700, "--steps", 2, "--preset", "exact",
+        "--set", f"selector={selector}", *budget, "--set", "min_sparse_len=0", "--p", 0.9, "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    found = {r["setting"]: r for r in result.json["records"]}["exact"]
+    assert found["least"] < 0.9  # mass beyond the candidates is lost, and seen to be
+    assert (found["claimed_median"] is None) == (selector != "tactic")
+
+
 def test_eval_budget_counts_what_the_cache_counts(cli: Callable[..., Any], tiny_model: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     result = cli(
