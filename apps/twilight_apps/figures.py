@@ -1,8 +1,9 @@
-"""Write the README's figures from the JSON lines that the benchmarks printed.
+"""Write a document's figures from the JSON lines that benchmarks and evaluations printed.
 
     python -m twilight_apps.figures README.md docs/results
+    python -m twilight_apps.figures docs/evaluation.md docs/results
 
-reads ``bench-generate*.json`` and ``bench-decode*.json`` and replaces what stands between the README's markers.
+reads ``bench-*.json`` for the one and ``eval-*.json`` for the other, and replaces what stands between the markers.
 """
 
 from __future__ import annotations
@@ -12,27 +13,35 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from . import eval_figures
+
 START, END = "<!-- figures -->", "<!-- end of figures -->"
+EVALUATION_START, EVALUATION_END = "<!-- evaluation -->", "<!-- end of evaluation -->"
 
 
 def main() -> None:
-    """Replace the figures of the README named first by those of the folder named second."""
+    """Replace the figures of the document named first by those of the folder named second."""
     if len(sys.argv) != 3:
-        sys.exit("usage: python -m twilight_apps.figures README.md docs/results")
-    readme = Path(sys.argv[1])
-    readme.write_text(with_figures(readme.read_text(encoding="utf-8"), Path(sys.argv[2])), encoding="utf-8")
+        sys.exit("usage: python -m twilight_apps.figures DOCUMENT.md docs/results")
+    document = Path(sys.argv[1])
+    document.write_text(with_figures(document.read_text(encoding="utf-8"), Path(sys.argv[2])), encoding="utf-8")
 
 
 def with_figures(text: str, folder: Path) -> str:
-    """Return the README's text with the figures of ``folder``.
+    """Return the document's text with the figures of ``folder``.
 
     Raises:
         ValueError: the markers are missing.
     """
-    if START not in text or END not in text:
-        raise ValueError(f"the README must hold {START} and {END}, got a text without them")
-    before, rest = text.split(START, 1)
-    return f"{before}{START}\n{render(folder)}\n{END}{rest.split(END, 1)[1]}"
+    sections = [(START, END, render), (EVALUATION_START, EVALUATION_END, eval_figures.render)]
+    present = [section for section in sections if section[0] in text and section[1] in text]
+    if not present:
+        pairs = " or ".join(f"{start} and {end}" for start, end, _ in sections)
+        raise ValueError(f"the document must hold {pairs}, got a text without them")
+    for start, end, draw in present:
+        before, rest = text.split(start, 1)
+        text = f"{before}{start}\n{draw(folder)}\n{end}{rest.split(end, 1)[1]}"
+    return text
 
 
 def render(folder: Path) -> str:

@@ -1,21 +1,53 @@
-"""The README's figures come from committed JSON lines, not from a hand."""
+"""The documents' figures come from committed JSON lines, not from a hand."""
 
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from twilight_apps import figures
 from twilight_apps.figures import with_figures
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_readme_holds_the_figures_of_the_results() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("document", ["README.md", "docs/evaluation.md"])
+def test_documents_hold_the_figures_of_the_results(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
     assert with_figures(text, ROOT / "docs" / "results") == text, (
-        "run: python -m twilight_apps.figures README.md docs/results"
+        f"run: python -m twilight_apps.figures {document} docs/results"
     )
 
 
 def test_with_figures_refuses_a_text_without_markers() -> None:
     with pytest.raises(ValueError, match="must hold"):
         with_figures("no markers", ROOT / "docs" / "results")
+
+
+def test_evaluation_tables_come_from_the_json(tmp_path: Path, cli: Callable[..., Any], tiny_model: str) -> None:
+    for command, extra in (
+        ("kl", ["--context", 300, "--positions", 2]),
+        ("mass", ["--context", 300, "--set", "min_sparse_len=0", "--set", "dense_layers=[0]"]),
+        ("needle", ["--context", 300, "--depth", 0.5]),
+    ):
+        baseline = [] if command == "mass" else ["--baseline", "fp8"]
+        result = cli(
+            "eval", command, "--small", "--model", tiny_model, "--preset", "compact", *extra, *baseline, "--json"
+        )
+        assert result.exit_code == 0, result.stderr
+        (tmp_path / f"eval-{command}-x.json").write_text(result.stdout.splitlines()[-1])
+    text = figures.with_figures(f"a\n{figures.EVALUATION_START}old{figures.EVALUATION_END}\nb", tmp_path)
+    assert "old" not in text
+    assert (text[:2], text[-2:]) == ("a\n", "\nb")
+    record = next(
+        r
+        for r in json.loads((tmp_path / "eval-kl-x.json").read_text())["records"]
+        if (r["method"], r["mode"]) == ("compact", "packing")
+    )
+    assert f"| compact | {record['smaller']:.2f}x | {record['kl']:.4f} ± {record['kl_error']:.4f} |" in text
+    assert "| exact keys | 0.95 |" in text
+    assert "Needle, " in text
