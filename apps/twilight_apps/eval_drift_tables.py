@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import tables
-from .eval_methods import DECODE, PACKING
+from .eval_methods import PACKING
 
 
 def print_results(result: dict[str, Any], figure: str) -> None:
@@ -22,10 +22,9 @@ def _print_group(title: str, mode: str, rows: list[dict[str, Any]], figure: str,
         if mode == PACKING
         else f"decode: the last {result['positions']} tokens one by one, pruned"
     )
-    drift = ["perplexity", "change", "± error"] if figure == "ppl" else ["KL to dense", "± error", "99th pct"]
-    columns = ["method", *drift, "same top-1", "KV", "smaller"]
-    if mode == DECODE:
-        columns += ["read a step", "reads less", "candidates", "attended"]
+    drift = ["perplexity", "change ± error"] if figure == "ppl" else ["KL to dense ± error", "99th pct"]
+    columns = ["method", *drift, "same top-1"]
+    columns += ["KV", "smaller"] if mode == PACKING else ["read a step", "reads less", "candidates", "attended"]
     lines = []
     for row in rows:
         if "kl" not in row:
@@ -33,12 +32,13 @@ def _print_group(title: str, mode: str, rows: list[dict[str, Any]], figure: str,
             continue
         if figure == "ppl":
             change, error = row["perplexity_change"], row["perplexity_change_error"]
-            shown = [f"{row['perplexity']:.3f}", f"{change:+.2%}", f"{error:.2%}"]
+            shown = [f"{row['perplexity']:.3f}", f"{change:+.2%} ± {error:.2%}"]
         else:
-            shown = [f"{max(0.0, row['kl']):.5f}", f"{row['kl_error']:.5f}", f"{row['kl_p99']:.4f}"]
+            shown = [f"{max(0.0, row['kl']):.5f} ± {row['kl_error']:.5f}", f"{row['kl_p99']:.4f}"]
         line = [row["method"], *shown, f"{row['agreement']:.1%}"]
-        line += [tables.size(row["stored_bytes"]), f"{row['smaller']:.2f}x"]
-        if mode == DECODE:
+        if mode == PACKING:
+            line += [tables.size(row["stored_bytes"]), f"{row['smaller']:.2f}x"]
+        else:
             counts = [row["candidate_tokens"], row["kept_tokens"]]
             line += [tables.size(row["read_bytes"]), f"{row['reads_less']:.1f}x"]
             line += ["all" if count is None else f"{count:,.0f}" for count in counts]
