@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_twilight import TwilightConfig
+from hf_twilight import TwilightCache, TwilightConfig
 from hf_twilight.recording import Record, recording
-from twilight_cache import LayerStore, PagePool, SequenceBatch
 from twilight_cache.selectors import NUM_QUERIES
 
 from . import decode_check, eval_methods, models, tables
@@ -24,6 +23,10 @@ from .synthetic import AttentionInputs
 
 EXACT_KEYS = "exact keys"
 _QUANTILES = {"q01": 0.01, "q05": 0.05, "median": 0.5, "q999": 0.999}
+# settings that decide what is attended to, and not how it is stored
+_NO_ROUNDING = (
+    "page_size", "num_sinks", "window", "p", "min_keep", "selector", "budget", "dense_layers", "min_sparse_len",
+)  # fmt: skip
 _SLACK = 0.005  # a head and step counts as kept if it is short of p by no more
 
 
@@ -76,12 +79,9 @@ def run(
             for p in plan.shares:
                 found = {}
                 for index, record in recorded.items():
-                    policy = replace(config, p=p).policy(index)
-                    if policy.p < 1.0:
-                        store = LayerStore(
-                            SequenceBatch(config.layout, PagePool()), config.key_codec, config.value_codec, policy
-                        )
-                        found[index] = weigh(store, record, plan.steps)
+                    cache = TwilightCache(model.config, replace(config, p=p))  # layers go one by one, each in its own
+                    if cache.settings.policy(index).p < 1.0:
+                        found[index] = weigh(cache, index, record, plan.steps)
                     bar.advance(bar.task_ids[0])
                 records.append({"setting": name, "p": p, **_summary(p, list(found.values()))})
                 layers += [{"setting": name, "p": p, "layer": i, **_heads(a)} for i, a in found.items()]
@@ -97,22 +97,27 @@ def chosen_settings(presets: Sequence[str], changes: Sequence[str]) -> dict[str,
     """Return the presets with changes, and unrounded keys under the same pruner, which they are judged by."""
     found = {name: models.changed(config, changes) for name, config in eval_methods.configs(presets).items()}
     first = next(iter(found.values()))
-    exact = replace(first, key_bits=16, value_bits=16)
+    exact = TwilightConfig.preset("exact", **{name: getattr(first, name) for name in _NO_ROUNDING})
     return {EXACT_KEYS: exact, **found}
 
 
 @torch.inference_mode()
-def weigh(store: LayerStore, record: Record, steps: int) -> Achieved:
-    """Take the last recorded queries' steps one by one and weigh what each attends to.
+def weigh(cache: TwilightCache, layer_idx: int, record: Record, steps: int) -> Achieved:
+    """Take the last recorded queries' steps one by one in one layer and weigh what each attends to.
 
     Args:
-        store: an empty layer of one row.
+        cache: an empty cache.
+        layer_idx: the layer that is used; it packs and prunes as the cache's settings say.
         record: one row's queries, keys and values; queries before the last ``steps`` are shown to the selector as
             the end of the prompt.
         steps: at most as many as there are queries.
     """
-    sequences, heads = store.sequences, record.query.shape[1]
+    sequences, heads = cache.sequences, record.query.shape[1]
     keys, values = record.keys.float(), record.values.float()
+    layer = cache.twilight_layers[[layer.layer_idx for layer in cache.twilight_layers].index(layer_idx)]
+    layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
+    store = layer.store
+    assert store is not None
     start = keys.shape[2] - steps
     store.append(sequences.begin(0, start, 1, [0]), keys[:, :, :start], values[:, :, :start])
     prompt, queries = record.query.float().split([record.query.shape[2] - steps, steps], 2)
