@@ -24,7 +24,7 @@ Presets = Annotated[
 ]
 Baselines = Annotated[
     list[str] | None,
-    typer.Option("--baseline", help="One of the baselines, or 'none'; repeatable; default: all of them."),
+    typer.Option("--baseline", help="As 'hqq 4-bit' (an unknown name lists all), or 'none'; repeatable; default: all."),
 ]
 Modes = Annotated[list[str] | None, typer.Option("--mode", help="packing or decode; repeatable; default: both.")]
 Excerpts = Annotated[int | None, typer.Option(help="Excerpts of each text; default 2, with --small 1.")]
