@@ -1,8 +1,8 @@
 """The attention and mask functions named ``"twilight"``.
 
-A Twilight cache layer returns keys that carry a ``Handle``. The attention function finds the layer through it and
-decodes from packed pages; for everything else (other caches, prefill, sliding layers, soft caps, attention sinks)
-it is the stock function on full tensors, bit for bit.
+A Twilight cache layer returns keys that carry a ``Handle``. The attention function finds the layer through it,
+decodes from packed pages and prefills long prompts sparsely; for everything else (other caches, short prompts,
+sliding layers, soft caps, attention sinks) it is the stock function on full tensors, bit for bit.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .cache import TwilightLayer
 
 ATTENTION_NAME = "twilight"
+STEP_ARGUMENT = "twilight_step"  # the engine's forward, see engine/runner.py
 _HANDLE = "_twilight_handle"
 _PADDING = "_twilight_padding"
 # what changes attention and is only in a model's own eager function
@@ -84,9 +85,14 @@ def twilight_attention(
         attention_mask: what ``twilight_mask`` built, or any mask of the stock function.
         scaling: factor of the logits; None means ``D ** -0.5``.
         dropout: attention dropout; above 0 the stock function is used.
+        kwargs: passed to the stock function; the engine's step, which attends by itself, is one of them.
     Returns:
         ``[B, T, H, D]`` in the query's dtype, and None for the weights.
     """
+    forward = kwargs.get(STEP_ARGUMENT)
+    if forward is not None:
+        factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return forward.attend(module.layer_idx, query, key, value, factor), None
     handle: Handle | None = getattr(key, _HANDLE, None)
     if handle is None:
         return _stock(module, query, key, value, attention_mask, scaling, dropout, kwargs)
@@ -101,6 +107,11 @@ def twilight_attention(
         return out.unsqueeze(1), None
     if is_stand_in:
         key, value = layer.full()
+    if is_plain and padding is not None and layer.prefill.pays(query, key):
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = layer.prefill.attend(query, key, value, scaling, padding)
+        layer.commit(padding)
+        return out.transpose(1, 2), None
     layer.commit(padding)
     if query.shape[2] > 1:
         layer.observe(query, query.shape[-1] ** -0.5 if scaling is None else scaling)

@@ -18,6 +18,7 @@ from twilight_kernels import KeyCodec, ValueCodec
 
 from .attention import ATTENTION_NAME, Handle, pin
 from .config import TwilightConfig, as_config
+from .prefill import SparsePrefill
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,6 +59,7 @@ class TwilightLayer(CacheLayerMixin):
         self.layer_idx, self.settings, self.model_config = layer_idx, settings, model_config
         self.sequences = sequences
         self.store: LayerStore | None = None
+        self.prefill = SparsePrefill(settings, layer_idx)
         self.tokens = 0  # logical tokens, those of an unclaimed update included
         self.is_untouched = False
         self._pending: tuple[Tensor, Tensor, int] | None = None
@@ -167,6 +169,7 @@ class TwilightLayer(CacheLayerMixin):
     def clear(self) -> None:
         """Drop everything."""
         self.store, self._pending, self.tokens = None, None, 0
+        self.prefill.clear()
         self.is_initialized = self.is_untouched = False
 
     def reset(self) -> None:
@@ -406,6 +409,16 @@ class TwilightCache(DynamicCache):
                 "bytes_read": store.bytes_read(scored, kept),
             })  # fmt: skip
         return found
+
+    def prefill_stats(self) -> list[dict[str, Any]]:
+        """What sparse prefill did since the cache was made or reset.
+
+        Returns:
+            One dict for each packed layer that prefilled sparsely: ``layer`` and what ``SparsePrefill.stats`` tells
+            (``density``, ``stripes``, ``mass``, ``mass_q05``).
+        """
+        found = [(layer.layer_idx, layer.prefill.stats()) for layer in self.twilight_layers]
+        return [{"layer": index, **stats} for index, stats in found if stats is not None]
 
     def save(self, path: str | Path, *, tokens: Tensor | None = None) -> None:
         """Write the cache to a safetensors file; see ``hf_twilight.storage.save_cache``."""

@@ -23,7 +23,7 @@ from twilight_cache import (
     Tactic,
     check_budget,
 )
-from twilight_kernels import KeyCodec, ValueCodec
+from twilight_kernels import KeyCodec, StripePlan, ValueCodec
 
 CONFIG_NAME = "twilight_config.json"
 FORMAT_VERSION = 1
@@ -52,6 +52,10 @@ class TwilightConfig:
             the selectors' papers, without pruning, is ``p=1.0`` with a budget.
         dense_layers: layers that keep the whole mass, because their attention is diffuse.
         min_sparse_len: packed tokens below which decode keeps the whole mass.
+        alpha: share of the attention mass that prefill keeps, in ``(0, 1]``; 1.0 attends to everything.
+        prefill_window: keys before a strip of 256 query rows that prefill attends to in any case.
+        prefill_samples: rows of a strip whose attention is computed to choose its keys, 16 or 32.
+        min_prefill_len: keys below which prefill attends to everything.
     Raises:
         ValueError: a value outside its range.
     """
@@ -69,14 +73,21 @@ class TwilightConfig:
     budget: Budget | None = None
     dense_layers: tuple[int, ...] = (0, 1)
     min_sparse_len: int = 1024
+    alpha: float = 0.95
+    prefill_window: int = 128
+    prefill_samples: int = 16
+    min_prefill_len: int = 4096
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         _ = self.key_codec, self.value_codec  # check their ranges
         _require_share("p", self.p, "keep everything")
+        _require_share("alpha", self.alpha, "attend to everything in prefill")
         for name, least in (("num_sinks", 0), ("window", 1), ("min_keep", 0)):
             _require_count(name, getattr(self, name), least)
         _require_count("min_sparse_len", self.min_sparse_len, 0)
+        _require_count("min_prefill_len", self.min_prefill_len, 0)
+        _ = self.stripe_plan
         for layer in self.dense_layers:
             _require_count("dense_layers", layer, 0)
         if self.selector not in SELECTORS:
@@ -99,6 +110,11 @@ class TwilightConfig:
     @property
     def value_codec(self) -> ValueCodec:
         return ValueCodec(self.value_bits, self.page_size, self.group_size)
+
+    @property
+    def stripe_plan(self) -> StripePlan:
+        floor = max(0.0, 1.0 - 1.6 * (1.0 - self.alpha))  # what 95 % of the sampled rows keep: 0.92 at 0.95
+        return StripePlan(self.alpha, floor, self.prefill_window, samples=self.prefill_samples)
 
     @property
     def layout(self) -> Layout:
@@ -242,7 +258,7 @@ def _require_count(name: str, value: int, least: int) -> None:
 
 # What each costs on the embedded model is measured by `hf-twilight bench generate` and stands in the README.
 PRESETS: dict[str, TwilightConfig] = {
-    "exact": TwilightConfig(key_bits=16, value_bits=16, key_clip=1.0, p=1.0, dense_layers=()),
+    "exact": TwilightConfig(key_bits=16, value_bits=16, key_clip=1.0, p=1.0, dense_layers=(), alpha=1.0),
     "quality": TwilightConfig(key_bits=4, value_bits=4, page_size=32, key_clip=1.0, p=0.98),
     "balanced": TwilightConfig(),
     "compact": TwilightConfig(key_bits=2, value_bits=2, key_clip=0.75, window=64),

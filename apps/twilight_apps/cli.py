@@ -10,6 +10,7 @@ import typer
 from . import options
 from .cli_bench import bench
 from .cli_eval import evaluation
+from .cli_serve import chat, serve
 from .environment import print_json
 from .session import session
 
@@ -26,6 +27,8 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.add_typer(evaluation, name="eval")
+app.command()(serve)
+app.command()(chat)
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ DECODE_CONTEXTS = [8192, 32768]
 GENERATE_CONTEXTS = [8000]
 DTYPES = ["bfloat16"]
 PRESETS = ["balanced", "compact"]
+WORKLOADS = ["w1"]
+NO_ENTRANTS: list[str] = []
 
 bench = typer.Typer(
     no_args_is_help=True,
@@ -108,3 +110,56 @@ def generate(
         result = run(model, contexts, dtypes, settings, new_tokens=new_tokens, text=text)
         if json:
             print_json("bench generate", **result)
+
+
+@bench.command("serve")
+def serve(
+    model: options.Model = "smollm2",
+    dtype: options.Dtype = "float32",
+    preset: options.Preset = "balanced",
+    changes: options.Set = options.NO_CHANGES,
+    workloads: Annotated[
+        list[str], typer.Option("--workload", help="w1 burst, w2 spread in time, w3 chats, w10 long; repeatable.")
+    ] = WORKLOADS,
+    entrants: Annotated[
+        list[str],
+        typer.Option("--entrant", help="twilight, twilight-unshared, cb, cb-tuned or generate; repeatable."),
+    ] = NO_ENTRANTS,
+    requests: Annotated[int, typer.Option(help="Of w1 and w10; w2 has twice as many.")] = 16,
+    shared: Annotated[int, typer.Option(help="Tokens of the system prompt of w1 and w2.")] = 512,
+    answer: Annotated[int, typer.Option(help="Tokens of each answer, but of w3.")] = 32,
+    rate: Annotated[float, typer.Option(help="Requests a second of w2.")] = 1.0,
+    context: Annotated[int, typer.Option(help="Tokens of w10's prompts.")] = 1000,
+    rounds: Annotated[int, typer.Option(help="Runs of each entrant.")] = 1,
+    limit_s: Annotated[float, typer.Option(help="Seconds after which a run is stopped.")] = 180.0,
+    memory_share: Annotated[
+        float, typer.Option(help="Of the machine's memory, for the cache of cb; Transformers' own default is 0.6.")
+    ] = 0.25,
+    text: Annotated[Path | None, typer.Option(help="A text file; default: Python's language reference.")] = None,
+    threads: options.Threads = None,
+    json: options.Json = False,
+    verbose: options.Verbose = 0,
+    quiet: options.Quiet = False,
+) -> None:
+    """Serve many requests: our engine, Transformers' continuous batching (default and tuned), generate in turn.
+
+    All in this process, in turns, with the same weights. Counted first: rows of prompts that were computed and
+    forwards of the model. Then timed: the whole, to the first token, and decoding.
+
+    \b
+    Examples:
+      hf-twilight bench serve --workload w1 --json
+      hf-twilight bench serve --workload w10 --requests 4 --context 500 --entrant twilight --entrant cb-tuned
+    """
+    with session(verbose=verbose, quiet=quiet, threads=threads):
+        from .bench_serve import run
+        from .models import parse_settings
+        from .workloads import Sizes
+
+        sizes = Sizes(requests=requests, shared=shared, answer=answer, rate=rate, context=context)
+        result = run(
+            model, dtype, parse_settings(preset, changes), workloads, entrants, sizes, rounds=rounds, limit_s=limit_s,
+            memory_share=memory_share, text=text,
+        )  # fmt: skip
+        if json:
+            print_json("bench serve", preset=preset, **result)

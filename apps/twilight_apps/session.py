@@ -15,7 +15,7 @@ from .tables import side_output
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
-LOGGERS = ("hf_twilight", "twilight_kernels", "twilight_cache", "twilight_apps")
+LOGGERS = ("hf_twilight", "twilight_kernels", "twilight_cache", "twilight_apps", "uvicorn")
 # what a user can mend; anything else is a fault of ours and keeps its traceback
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, MemoryError, ArithmeticError)
 

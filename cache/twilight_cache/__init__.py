@@ -2,7 +2,9 @@
 
 from .accounting import LayerBytes
 from .layer_store import DecodePolicy, LayerStore
+from .paged_store import PagedStore, RowTables
 from .pool import PagePool
+from .prefix_tree import PrefixTree
 from .selectors import (
     SELECTORS,
     Budget,
@@ -19,6 +21,7 @@ from .selectors import (
     check_budget,
 )
 from .sequences import DRAFT_SLACK, Crop, Flush, Layout, SequenceBatch, Step
+from .tree_page import Match, TreePage
 
 __all__ = [
     "DRAFT_SLACK",
@@ -33,8 +36,12 @@ __all__ = [
     "LayerStore",
     "LayerView",
     "Layout",
+    "Match",
     "PagePool",
+    "PagedStore",
+    "PrefixTree",
     "Quest",
+    "RowTables",
     "Selection",
     "Selector",
     "SelectorState",
@@ -43,5 +50,6 @@ __all__ = [
     "Step",
     "Streaming",
     "Tactic",
+    "TreePage",
     "check_budget",
 ]

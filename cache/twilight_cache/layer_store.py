@@ -153,12 +153,13 @@ class LayerStore:
     def _add_coverage(self, selection: Selection | None, num_pages: Tensor) -> None:
         """Count what share of the mass the candidates carry: all of it where every token is one."""
         assert self.coverage is not None
+        # never in place: a tensor of inference mode may not be written to outside of it
         if selection is None:
-            self.coverage += 1.0
+            self.coverage = self.coverage + 1.0
             return
         known = torch.nan if selection.coverage is None else selection.coverage
         is_dense = num_pages * self.key_codec.page_size < self.policy.min_sparse_len
-        self.coverage += torch.where(is_dense[:, None], 1.0, known)
+        self.coverage = self.coverage + torch.where(is_dense[:, None], 1.0, known)
 
     def _view(self, block_table: Tensor, num_pages: Tensor, plain_len: Tensor, scaling: float) -> LayerView:
         assert self.keys is not None and self.plain is not None

@@ -4,7 +4,7 @@ Every kernel is defined by the function of its name in ``_reference``. This fold
 relatively, so a copy of it under another name works.
 """
 
-from ._backend import backend_name
+from ._backend import backend_name, release_threads
 from ._reference import pack, unpack
 from .codec import load_key_pages, load_value_pages, store_key_pages, store_value_pages
 from .decode import decode_attention
@@ -12,21 +12,25 @@ from .layout import (
     KeyCodec,
     KeyPages,
     PlainTokens,
+    StripePlan,
     ValueCodec,
     ValuePages,
     key_token_bytes,
     packed_size,
     value_token_bytes,
 )
+from .prefill import attend_stripes, select_stripes
 from .score import channel_logits, key_logits, page_masses, page_scores
-from .top_p import top_p_threshold
+from .top_p import top_p_flags, top_p_threshold
 
 __all__ = [
     "KeyCodec",
     "KeyPages",
     "PlainTokens",
+    "StripePlan",
     "ValueCodec",
     "ValuePages",
+    "attend_stripes",
     "backend_name",
     "channel_logits",
     "decode_attention",
@@ -38,8 +42,11 @@ __all__ = [
     "packed_size",
     "page_masses",
     "page_scores",
+    "release_threads",
+    "select_stripes",
     "store_key_pages",
     "store_value_pages",
+    "top_p_flags",
     "top_p_threshold",
     "unpack",
     "value_token_bytes",

@@ -33,6 +33,13 @@ def kernels(concept: str, tensor: Tensor, dtype: torch.dtype) -> ModuleType:
     return _numba(concept)
 
 
+def release_threads() -> None:
+    """Give the calling thread's idle compute threads back, because another thread computes from now on."""
+    from ._numba_pool import release_team
+
+    release_team()
+
+
 @cache
 def _numba(concept: str) -> ModuleType:
     try:

@@ -39,6 +39,7 @@ CANDIDATE_TOKENS = 44  # bool [heads, candidate columns * page_size], or 0 if al
 MIN_KEEP, MIN_SPARSE_LEN = 45, 46
 STATS = 47  # float64 [heads * q_per_kv, 5], or 0
 SCALING, P = 48, 49  # float64
+PLAIN_TABLE, PLAIN_COLUMNS, NUM_SINKS = 50, 51, 52  # 0 if plain tokens are not in pages
 
 
 def new_block() -> np.ndarray:

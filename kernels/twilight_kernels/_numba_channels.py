@@ -19,6 +19,7 @@ from ._numba_block import (
     KEY_CODES,
     KEY_DIM,
     KEY_KIND,
+    KEY_LO,
     KEY_STEP,
     KV_HEADS,
     LOGITS,
@@ -79,10 +80,11 @@ def _channels_worker(dtype: int, key_kind: int, page_size: int, q_per_kv: int) -
         ticket, chunks, key_dim = address_of(arg), block[CHUNKS], block[KEY_DIM]
         tasks = block[ROWS] * block[KV_HEADS] * chunks * (source >= 0)
         queries = np.empty(q_per_kv * key_dim, np.float32)
-        bounds = np.empty((block[CHUNK_PAGES], 2, key_dim), np.float32)
+        bounds = np.empty((2, key_dim), np.float32)
         tokens = np.empty(page_size + 3, np.float32)
         weights, chosen = np.empty(key_dim, np.float32), np.empty(block[NUM_CHANNELS], np.int64)
-        folded, bias = np.empty(q_per_kv * block[NUM_CHANNELS], np.float32), np.empty(q_per_kv, np.float32)
+        folded, bias = np.empty((3, q_per_kv, key_dim), np.float32), np.empty(q_per_kv, np.float32)
+        few = np.empty(q_per_kv * block[NUM_CHANNELS], np.float32)
         side = np.empty(block[NUM_CHANNELS] * page_size * 2, np.uint16)
         while True:
             task = fetch_add(ticket, 1)
@@ -94,70 +96,94 @@ def _channels_worker(dtype: int, key_kind: int, page_size: int, q_per_kv: int) -
             if first >= last:
                 continue
             fold_query(dtype, q_per_kv, block, head, queries)
+            _choose(key_kind, page_size, block, head, first, last, queries, q_per_kv, bounds, tokens, weights, chosen)
             for index in range(first, last):
-                read_bounds(block, page_of(block, head, index, page_size), bounds[index - first], tokens)
-            _choose(queries, bounds[: last - first], q_per_kv, weights, chosen)
-            for index in range(first, last):
-                _score(
-                    key_kind, page_size, q_per_kv, block, head, index, queries, bounds[index - first], chosen,
-                    folded, bias, side,
-                )  # fmt: skip
+                page = page_of(block, head, index, page_size)
+                if key_kind >= RAW_BF16:
+                    read_bounds(block, page, bounds, tokens)
+                _fold(key_kind, q_per_kv, block, page, queries, bounds, folded)
+                _score(key_kind, page_size, q_per_kv, block, head, index, page, chosen, folded, few, bias, side)
 
     return compile_worker(worker, f"channel_logits, kind {key_kind}, page {page_size}, q_per_kv {q_per_kv}")
 
 
 @fast
-def _choose(queries, bounds, q_per_kv, weights, chosen):
-    """Write the channels of the largest ``max |q| * range``, the range summed over the pages."""
+def _choose(key_kind, page_size, block, head, first, last, queries, q_per_kv, bounds, tokens, weights, chosen):
+    """Write the channels of the largest ``max |q| * range``, the range summed over pages, ascending by weight."""
+    literally(key_kind)
+    literally(page_size)
     key_dim = weights.size
+    weights[:] = 0
+    for index in range(first, last):
+        page = page_of(block, head, index, page_size)
+        if key_kind >= RAW_BF16:
+            read_bounds(block, page, bounds, tokens)
+            for d in range(key_dim):
+                weights[d] += bounds[1, d]
+        else:
+            step = carray(u16_at(block[KEY_STEP] + 2 * page * key_dim), (key_dim,))
+            for d in range(key_dim):
+                weights[d] += half_to_float(step[d])
     for d in range(key_dim):
         largest = np.float32(0)
         for g in range(q_per_kv):
             largest = max(largest, abs(queries[g * key_dim + d]))
-        total = np.float32(0)
-        for page in range(bounds.shape[0]):
-            total += bounds[page, 1, d]
-        weights[d] = largest * total
+        weights[d] *= largest
     for i in range(chosen.size):
-        best = np.int64(0)
-        for d in range(1, key_dim):
-            if weights[d] > weights[best]:
-                best = d
+        best = np.argmax(weights)
         chosen[i] = best
         weights[best] = np.float32(-1)
 
 
 @fast
-def _score(
-    key_kind, page_size, q_per_kv, block, head, index, queries, bounds, chosen, folded, bias, side
-):  # fmt: skip
+def _fold(key_kind, q_per_kv, block, page, queries, bounds, folded):
+    """Write, for each head and channel, what multiplies a code, the least logit, and half its range."""
+    literally(key_kind)
+    literally(q_per_kv)
+    key_dim, half = block[KEY_DIM], np.float32(0.5)
+    if key_kind >= RAW_BF16:
+        for g in range(q_per_kv):
+            for d in range(key_dim):
+                weight = queries[g * key_dim + d]
+                folded[0, g, d] = weight
+                folded[1, g, d] = np.float32(0)
+                folded[2, g, d] = weight * (bounds[0, d] + half * bounds[1, d])
+    else:
+        levels = np.float32((1 << key_kind) - 1)
+        lo = carray(u16_at(block[KEY_LO] + 2 * page * key_dim), (key_dim,))
+        step = carray(u16_at(block[KEY_STEP] + 2 * page * key_dim), (key_dim,))
+        for g in range(q_per_kv):
+            for d in range(key_dim):
+                weight = queries[g * key_dim + d]
+                folded[0, g, d] = weight * half_to_float(step[d])
+                folded[1, g, d] = weight * half_to_float(lo[d])
+                folded[2, g, d] = half * levels * folded[0, g, d]
+
+
+@fast
+def _score(key_kind, page_size, q_per_kv, block, head, index, page, chosen, folded, few, bias, side):
     """Write the logits of one page: the chosen channels exactly, the others at the middle of their range."""
     literally(key_kind)
     literally(page_size)
     literally(q_per_kv)
-    key_dim, count, page = block[KEY_DIM], chosen.size, page_of(block, head, index, page_size)
+    key_dim, count = block[KEY_DIM], chosen.size
     for g in range(q_per_kv):
         middle = np.float32(0)
         for d in range(key_dim):
-            middle += queries[g * key_dim + d] * (bounds[0, d] + np.float32(0.5) * bounds[1, d])
+            middle += folded[1, g, d] + folded[2, g, d]
         for i in range(count):
-            d = chosen[i]
-            weight = queries[g * key_dim + d]
-            if key_kind >= RAW_BF16:
-                folded[g * count + i] = weight
-                middle -= weight * (bounds[0, d] + np.float32(0.5) * bounds[1, d])
-            else:
-                steps = carray(u16_at(block[KEY_STEP] + 2 * page * key_dim), (key_dim,))
-                folded[g * count + i] = weight * half_to_float(steps[d])
-                middle -= weight * np.float32(0.5) * bounds[1, d]
+            few[g * count + i] = folded[0, g, chosen[i]]
+            middle -= folded[2, g, chosen[i]]
         bias[g] = middle
     words = page_size * item_bytes(key_kind) // 2 if key_kind >= RAW_BF16 else page_size * key_kind // 16
-    codes = carray(u16_at(block[KEY_CODES] + 2 * page * key_dim * words), (key_dim * words,))
+    codes = block[KEY_CODES] + 2 * page * key_dim * words
     for i in range(count):
+        source = carray(u16_at(codes + 2 * chosen[i] * words), (words,))
+        target = side[i * words : (i + 1) * words]
         for j in range(words):
-            side[i * words + j] = codes[chosen[i] * words + j]
+            target[j] = source[j]
     out = logits_of(block, head, q_per_kv).ctypes.data + 4 * index * page_size
     key_page_logits(
-        key_kind, page_size, q_per_kv, side.ctypes.data, 2 * words, count, folded.ctypes.data, bias.ctypes.data,
+        key_kind, page_size, q_per_kv, side.ctypes.data, 2 * words, count, few.ctypes.data, bias.ctypes.data,
         out, block[TOKENS], side.ctypes.data,
     )  # fmt: skip

@@ -40,6 +40,7 @@ from ._numba_block import (
     PLAIN_KEYS,
     PLAIN_LEN,
     PLAIN_LOGITS,
+    PLAIN_TABLE,
     PLAIN_VALUES,
     POSITIONS,
     QUERY,
@@ -76,6 +77,7 @@ from ._numba_pool import BLOCK_SIZE, SOURCE_HASH, compile_worker, run, scratch
 from ._numba_prune import largest
 from ._numba_score import bias_of, fold_query, score_pages
 from ._numba_sparse import attend_kept, count_dense, prune, score_candidates
+from ._numba_window import attend_window
 from .layout import KeyPages, PlainTokens, ValuePages
 
 _TASK_TOKENS = 1024  # tokens scored by one task
@@ -100,6 +102,8 @@ def decode_attention(
     candidates: Tensor | None = None,
     candidate_tokens: Tensor | None = None,
     stats: Tensor | None = None,
+    plain_table: Tensor | None = None,
+    num_sinks: int = 0,
 ) -> Tensor:
     """See ``_reference.decode_attention``."""
     rows, heads, key_dim = query.shape
@@ -123,7 +127,12 @@ def decode_attention(
     key_codec, value_codec = key_pages.codec, value_pages.codec
     dtype = RAW_KIND[query.dtype]
     size = max(columns, listed[1], 1), torch.get_num_threads()
-    shape = rows, heads, key_dim, plain.values.shape
+    values, paged = plain.values.shape, (0, 0, 0)
+    if plain_table is not None:
+        plain_table = plain_table.contiguous()
+        paged = plain_table.data_ptr(), plain_table.shape[1], num_sinks
+        values = torch.Size((rows, values[1], plain_table.shape[1] * values[2], values[3]))
+    shape = rows, heads, key_dim, values
     num_bytes = _work_bytes(*shape, *size, key_codec.page_size)
     template, worker, threads, done = _template(
         *shape, *size, scratch(num_bytes), dtype,
@@ -137,14 +146,14 @@ def decode_attention(
     _STEP.pack_into(
         block, 8 * QUERY, query.data_ptr(), query.stride(0), query.stride(1), out.data_ptr(),
         table.data_ptr(), columns, num_pages.data_ptr(), plain_len.data_ptr(), *appended, *listed,
-        min_keep, min_sparse_len, 0 if stats is None else stats.data_ptr(), scaling, p,
+        min_keep, min_sparse_len, 0 if stats is None else stats.data_ptr(), scaling, p, *paged,
     )  # fmt: skip
-    ctypes.memset(done, 0, 8 * rows * plain.values.shape[1])
+    ctypes.memset(done, 0, 8 * rows * values[1])
     run(worker, ctypes.addressof(block), threads)
     return out
 
 
-_STEP = struct.Struct("=20q2d")  # what changes from step to step, from QUERY on
+_STEP = struct.Struct("=20q2d3q")  # what changes from step to step, from QUERY on
 
 
 @lru_cache(maxsize=1024)
@@ -223,7 +232,9 @@ def _decode_worker(
                 break
             head, chunk = task // chunks, task % chunks
             fold_query(dtype, q_per_kv, block, head, scratch)
-            if chunk == 0:
+            if chunk == 0 and block[PLAIN_TABLE] != 0:
+                attend_window(dtype, page_size, q_per_kv, value_dim, block, head, scratch, rows)
+            elif chunk == 0:
                 _plain_chunk(dtype, q_per_kv, value_dim, block, head, scratch, rows)
             else:
                 _page_chunk(

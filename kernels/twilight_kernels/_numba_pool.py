@@ -27,6 +27,7 @@ from numba.core.event import Event, Listener, install_listener
 logger = logging.getLogger(__name__)
 
 BLOCK_SIZE = 64
+_PAUSE_SOFT = 1
 _WORKER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 # numba's cache looks at one file's date; this makes it look at all the files that a worker is made of, and at the
 # name that a copy of this package goes by, which compiled code refers to
@@ -105,9 +106,35 @@ def scratch(num_bytes: int) -> int:
     return -(-_SCRATCH.buffer.data_ptr() // 64) * 64
 
 
+def release_team() -> None:
+    """End the threads of the calling thread's OpenMP team; its next parallel region starts them again.
+
+    libgomp lets idle threads spin between regions only as long as all teams together have no more threads than there
+    are cores. A second thread that computes therefore pays for the team of the first, even if that is idle: each of
+    the hundreds of regions of a decode step then begins with waking threads.
+    """
+    library = _libgomp()
+    if library is not None and hasattr(library, "omp_pause_resource_all"):
+        library.omp_pause_resource_all(_PAUSE_SOFT)
+
+
 @lru_cache(maxsize=1)
 def _openmp() -> Callable[[int, int, int, int], None] | None:
-    """``GOMP_parallel`` of the OpenMP library that torch loaded, or None; never loads a second one."""
+    """``GOMP_parallel`` of the OpenMP library that torch loaded, or None."""
+    library = _libgomp()
+    if library is None:
+        logger.info("torch's OpenMP library has no GOMP_parallel here: CPU kernels run on Python threads")
+        return None
+    function = library.GOMP_parallel
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    function.restype = None
+    team: Callable[[int, int, int, int], None] = function
+    return team
+
+
+@lru_cache(maxsize=1)
+def _libgomp() -> Any:
+    """The OpenMP library that torch loaded, if it has ``GOMP_parallel``; never loads a second one."""
     if not hasattr(os, "RTLD_NOLOAD"):  # Windows
         return None
     libraries = pathlib.Path(torch.__file__).parent / "lib"
@@ -116,13 +143,11 @@ def _openmp() -> Callable[[int, int, int, int], None] | None:
         *sorted(libraries.parent.parent.glob("torch.libs/lib*omp*")),
     ]:
         try:
-            function = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_NOW).GOMP_parallel
-        except (OSError, AttributeError):
+            library = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+        except OSError:
             continue
-        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        function.restype = None
-        return function
-    logger.info("torch's OpenMP library has no GOMP_parallel here: CPU kernels run on Python threads")
+        if hasattr(library, "GOMP_parallel"):
+            return library
     return None
 
 

@@ -175,13 +175,42 @@ def flag_at_least(typingctx, row, tiles, limit, flags):
 
 
 @intrinsic
+def lower_unflagged(typingctx, row, tiles, flags, lowest):
+    """Write ``lowest`` to the numbers of a float32 row whose uint8 flag is 0."""
+
+    def codegen(context, builder, _signature, args):
+        lowest = splat(builder, args[3])
+        loop = Loop(builder, args[1], [])
+        place = element(builder, args[0], loop.index, 4 * LANES)
+        row = load(builder, place, ir.VectorType(F32, LANES), 4)
+        is_set = _is_set(builder, element(builder, args[2], loop.index, LANES))
+        store(builder, builder.select(is_set, row, lowest), place)
+        loop.close([])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.float32), codegen
+
+
+@intrinsic
+def count_flags(typingctx, flags, tiles):
+    """Return how many of ``16 * tiles`` uint8 flags are set."""
+
+    def codegen(context, builder, _signature, args):
+        loop = Loop(builder, args[1], [int64(0)])
+        is_set = _is_set(builder, element(builder, args[0], loop.index, LANES))
+        loop.close([builder.add(loop.values[0], _count(builder, is_set))])
+        return loop.values[0]
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
 def flagged_positions(typingctx, flags, tiles, out):
     """Write the int32 positions, ascending, of the uint8 flags that are set; return how many."""
 
     def codegen(context, builder, _signature, args):
         loop = Loop(builder, args[1], [int64(0)])
-        row = load(builder, element(builder, args[0], loop.index, LANES), ir.VectorType(I8, LANES), 1)
-        is_set = builder.icmp_unsigned("!=", row, constant(0, LANES, I8))
+        is_set = _is_set(builder, element(builder, args[0], loop.index, LANES))
         start = splat(builder, builder.trunc(builder.mul(loop.index, int64(LANES)), I32))
         places = builder.add(start, ir.Constant(start.type, list(range(LANES))))
         loop.close([_compress(builder, is_set, [(places, args[2])], loop.values[0])])
@@ -201,6 +230,12 @@ def _compress(builder, mask, targets, at):
             store = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
             builder.call(store, [vector, pointer, mask])
     return builder.add(at, count)
+
+
+def _is_set(builder, address):
+    """Which of sixteen uint8 flags are set."""
+    flags = load(builder, address, ir.VectorType(I8, LANES), 1)
+    return builder.icmp_unsigned("!=", flags, constant(0, LANES, I8))
 
 
 def _count(builder, mask):

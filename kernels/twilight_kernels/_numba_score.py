@@ -164,7 +164,7 @@ def _bounds_worker(is_mass: int) -> int:
                 for g in range(q_per_kv):
                     query = scratch[g * key_dim : (g + 1) * key_dim]
                     if is_mass:
-                        out[g, index] = _log_mass(query, bounds[0], bounds[1]) + np.log(np.float32(block[PAGE_SIZE]))
+                        out[g, index] = _log_mass(query, bounds[0], bounds[1], block[PAGE_SIZE])
                     else:
                         out[g, index] = _bound(query, bounds[0], bounds[1])
 
@@ -181,13 +181,18 @@ def _bound(query, low, width):
 
 
 @fast
-def _log_mass(query, low, width):
-    """Mean and half the variance of dot products with keys spread about the middle of ``[low, low + width]``."""
-    total = np.float32(0)
+def _log_mass(query, low, width, page_size):
+    """Log mass of dot products with keys spread normally about the middle of ``[low, low + width]``."""
+    mean, variance = np.float32(0), np.float32(0)
     for d in range(query.size):
         spread = query[d] * width[d] * np.float32(0.25)
-        total += query[d] * (low[d] + np.float32(0.5) * width[d]) + np.float32(0.5) * spread * spread
-    return total
+        mean += query[d] * (low[d] + np.float32(0.5) * width[d])
+        variance += spread * spread
+    tokens = np.float32(np.log(page_size))
+    few = np.sqrt(np.float32(2) * tokens)
+    if variance < few * few:
+        return mean + tokens + np.float32(0.5) * variance
+    return mean + np.sqrt(variance) * few
 
 
 @exact

@@ -29,7 +29,7 @@ from ._numba_block import (
 from ._numba_ir import LANES
 from ._numba_numbers import LOWEST, fast, fast_exp, inlined, u8_at
 from ._numba_prune import find_threshold, mass_of
-from ._numba_rows import flag_at_least, flagged_positions
+from ._numba_rows import count_flags, flag_at_least, flagged_positions, lower_unflagged
 from ._numba_score import score_pages
 
 _PRESENT = np.float32(-1.0e38)  # above ``LOWEST``, below every logit
@@ -41,27 +41,22 @@ def score_candidates(key_kind, page_size, q_per_kv, block, head, first, last, sc
     literally(key_kind)
     literally(page_size)
     literally(q_per_kv)
-    logits, is_candidate = logits_of(block, head, q_per_kv), _candidates_of(page_size, block, head)
-    for index in range(first, last):
-        start = index * page_size
-        if _count(is_candidate, start, start + page_size) > 0:
-            score_pages(key_kind, page_size, q_per_kv, block, head, index, index + 1, scratch)
+    flags, logits = _candidates_of(page_size, block, head), logits_of(block, head, q_per_kv)
+    tiles, start = page_size // LANES, first
+    while start < last:
+        while start < last and count_flags(flags + start * page_size, tiles) == 0:
             for g in range(q_per_kv):
-                row = logits[g]
-                for i in range(start, start + page_size):
-                    row[i] = row[i] if is_candidate[i] else LOWEST
-        else:
+                logits[g, start * page_size : (start + 1) * page_size] = LOWEST
+            start += 1
+        end = start
+        while end < last and count_flags(flags + end * page_size, tiles) > 0:
+            end += 1
+        if end > start:
+            score_pages(key_kind, page_size, q_per_kv, block, head, start, end, scratch)
             for g in range(q_per_kv):
-                logits[g, start : start + page_size] = LOWEST
-
-
-@fast
-def _count(flags, first, last):
-    """Flags that are set."""
-    count = np.int64(0)
-    for i in range(first, last):
-        count += np.int64(flags[i])
-    return count
+                row = logits[g].ctypes.data + 4 * start * page_size
+                lower_unflagged(row, (end - start) * tiles, flags + start * page_size, LOWEST)
+        start = end
 
 
 @fast
@@ -77,9 +72,9 @@ def prune(page_size, q_per_kv, value_dim, block, head, near, totals):
     flags[:count] = 0
     scored, candidates = count, count
     if block[CANDIDATE_TOKENS] != 0:
-        is_candidate, scored, candidates = _candidates_of(page_size, block, head), np.int64(0), np.int64(0)
+        flagged, scored, candidates = _candidates_of(page_size, block, head), np.int64(0), np.int64(0)
         for start in range(0, count, page_size):
-            found = _count(is_candidate, start, start + page_size)
+            found = count_flags(flagged + start, page_size // LANES)
             scored += page_size if found > 0 else 0
             candidates += found
     p, min_keep = np.float32(float_field(block, P)), min(block[MIN_KEEP], candidates)
@@ -162,8 +157,8 @@ def count_dense(page_size, q_per_kv, block, head):
 
 @inlined
 def _candidates_of(page_size, block, head):
-    tokens = block[CANDIDATE_COLUMNS] * page_size
-    return carray(u8_at(block[CANDIDATE_TOKENS] + head * tokens), (tokens,))
+    """Address of the flags of this head's listed tokens."""
+    return block[CANDIDATE_TOKENS] + head * block[CANDIDATE_COLUMNS] * page_size
 
 
 @inlined

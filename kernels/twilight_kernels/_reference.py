@@ -11,7 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from .layout import KeyPages, PlainTokens, ValuePages, packed_size, planes
+from ._reference_prefill import attend_stripes as attend_stripes
+from ._reference_prefill import select_stripes as select_stripes
+from .layout import COLUMN_MULTIPLE, KeyPages, PlainTokens, ValuePages, packed_size, planes
 
 CHANNEL_CHUNK = 1024  # tokens for which ``channel_logits`` chooses channels
 
@@ -162,14 +164,18 @@ def page_masses(query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: 
     Returns:
         ``[B, H, P]`` float32, log of the estimated sum of ``exp(logit)`` over the page's tokens; ``-inf`` where no
         page is.
-    Source: mean of a log-normal, ``page_size * exp(q . middle + sum((q * range / 4) ** 2) / 2)``: channels that do
-    not depend on each other, of standard deviation a quarter of their range.
+    Source: the free energy of independent normal logits (Derrida, Phys. Rev. B 24, 1981): of mean ``q . middle`` and
+    deviation ``s = norm(q * range) / 4``, n of them have the log mass ``ln n + s ** 2 / 2`` above the mean, but from
+    ``s = sqrt(2 ln n)`` on, where the largest alone counts, ``s * sqrt(2 ln n)``.
     """
     low, high = _bounds(pages, block_table, _wide(query.dtype))  # [B, P, K, D]
     q = _per_kv_head(query, low.shape[2]) * scaling  # [B, K, G, D]
     mean = torch.einsum("bkgd,bpkd->bkgp", q, (low + high) / 2)
-    variance = torch.einsum("bkgd,bpkd->bkgp", q.square(), ((high - low) / 4).square())
-    return _without_absent((mean + variance / 2 + math.log(pages.codec.page_size)).flatten(1, 2), num_pages)
+    spread = torch.einsum("bkgd,bpkd->bkgp", q.square(), ((high - low) / 4).square()).sqrt()
+    tokens = math.log(pages.codec.page_size)
+    few = math.sqrt(2 * tokens)
+    excess = torch.where(spread < few, tokens + spread.square() / 2, spread * few)
+    return _without_absent((mean + excess).flatten(1, 2), num_pages)
 
 
 def channel_logits(
@@ -272,6 +278,24 @@ def top_p_threshold(logits: Tensor, p: float, *, forced_lse: Tensor | None = Non
     return result
 
 
+def top_p_flags(logits: Tensor, p: float, *, forced_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Flag what some query head of a KV head needs to carry a share ``p`` of its mass.
+
+    Args:
+        logits: ``[B, K, G, N]`` float32, log masses; ``-inf`` marks entries that do not exist.
+        p: mass to keep, in ``(0, 1]``; 1.0 keeps everything.
+        forced_lse: ``[B, K, G]`` float32, log-sum-exp of what is kept in any case and counts as mass.
+    Returns:
+        ``[B, K, N]`` bool, the union over G of the entries at or above ``top_p_threshold``; ``[B, K, G]`` float32, the
+        share of each query head's mass that flagged entries and forced mass carry.
+    Source: Twilight, arXiv 2502.02770, section 4.2 (union over the heads of a group).
+    """
+    limit = top_p_threshold(logits.flatten(0, 2), p, forced_lse=forced_lse.flatten()).view(forced_lse.shape)
+    flags = ((logits >= limit[..., None]) & (logits > -math.inf)).any(2)
+    kept = logits.masked_fill(~flags.unsqueeze(2), -math.inf).logsumexp(-1).logaddexp(forced_lse)
+    return flags, (kept - logits.logsumexp(-1).logaddexp(forced_lse)).exp()
+
+
 def decode_attention(
     query: Tensor,
     key_pages: KeyPages,
@@ -290,6 +314,8 @@ def decode_attention(
     candidates: Tensor | None = None,
     candidate_tokens: Tensor | None = None,
     stats: Tensor | None = None,
+    plain_table: Tensor | None = None,
+    num_sinks: int = 0,
 ) -> Tensor:
     """Attend one query token a row to its plain tokens and to the packed tokens that carry the mass.
 
@@ -316,6 +342,10 @@ def decode_attention(
         stats: ``[B, H, 5]`` float64, added to: packed tokens scored, whole pages; packed tokens the head itself
             needs; packed tokens attended, the union over the query heads of its KV head; share of the
             candidates' and plain tokens' mass attended; packed tokens that are candidates.
+        plain_table: ``[B, C]`` int32; given, ``plain`` is no row each but pages of ``page_size`` columns, and
+            row b's plain tokens are the first ``num_sinks`` of its first ``ceil(num_sinks / page_size)`` pages,
+            then those of the next pages.
+        num_sinks: plain tokens in those first pages.
     Returns:
         ``[B, H, Dv]`` in the query's dtype.
     Source: Twilight, arXiv 2502.02770, section 4 (select, then prune); union over query heads, section 4.2.
@@ -331,6 +361,8 @@ def decode_attention(
     wide = _wide(query.dtype)
     for b in range(rows):
         count, columns = int(num_pages[b]), int(plain_len[b])
+        row_plain = plain if plain_table is None else _plain_row(plain, plain_table[b], columns, num_sinks)
+        place = b if plain_table is None else 0
         sparse = count * page_size >= min_sparse_len
         for k in range(kv_heads):
             logical = torch.arange(count, device=query.device)
@@ -346,7 +378,7 @@ def decode_attention(
             values = load_value_pages(value_pages, slots, wide)[:, k].flatten(0, 1)[chosen]
             q = query[b, k * per_kv : (k + 1) * per_kv].to(wide)  # [G, D]
             packed = q @ keys.T * scaling  # [G, S]
-            forced = q @ plain.keys[b, k, :, :columns].to(wide) * scaling  # [G, columns]
+            forced = q @ row_plain.keys[place, k, :, :columns].to(wide) * scaling  # [G, columns]
             forced_lse = torch.logsumexp(forced, -1)
             share = p if sparse else 1.0
             limit = top_p_threshold(packed.float(), share, forced_lse=forced_lse.float(), min_keep=min_keep)
@@ -354,7 +386,7 @@ def decode_attention(
             kept = own.any(0)
             total = torch.logaddexp(torch.logsumexp(packed, -1), forced_lse) if packed.numel() else forced_lse
             logits = torch.cat([forced, packed[:, kept]], -1)
-            value = torch.cat([plain.values[b, k, :columns].to(wide), values[kept]])
+            value = torch.cat([row_plain.values[place, k, :columns].to(wide), values[kept]])
             out[b, k * per_kv : (k + 1) * per_kv] = (logits.softmax(-1) @ value).to(query.dtype)
             if stats is not None:
                 block = stats[b, k * per_kv : (k + 1) * per_kv]
@@ -380,6 +412,19 @@ def _without_absent(scores: Tensor, num_pages: Tensor) -> Tensor:
     """Put ``-inf`` where a row has no page."""
     absent = torch.arange(scores.shape[-1], device=scores.device) >= num_pages.view(-1, 1)
     return scores.masked_fill(absent[:, None], -math.inf)
+
+
+def _plain_row(pages: PlainTokens, slots: Tensor, count: int, num_sinks: int) -> PlainTokens:
+    """Gather the plain tokens of one row out of pages."""
+    size = pages.capacity
+    sinks = torch.arange(min(count, num_sinks), device=slots.device)
+    rest = torch.arange(max(0, count - num_sinks), device=slots.device) + -(-num_sinks // size) * size
+    columns = torch.cat([sinks, rest])
+    page, offset = slots.long()[columns // size], columns % size
+    room = torch.zeros(-count % COLUMN_MULTIPLE, dtype=torch.long, device=slots.device)
+    page, offset = torch.cat([page, room]), torch.cat([offset, room])
+    keys, values = pages.keys[page, :, :, offset], pages.values[page, :, offset]  # [C, K, D]
+    return PlainTokens(keys.permute(1, 2, 0)[None].contiguous(), values.transpose(0, 1)[None].contiguous())
 
 
 def _codes(x: Tensor, lo: Tensor, step: Tensor, levels: int) -> Tensor:

@@ -28,6 +28,8 @@ def decode_attention(
     candidates: Tensor | None = None,
     candidate_tokens: Tensor | None = None,
     stats: Tensor | None = None,
+    plain_table: Tensor | None = None,
+    num_sinks: int = 0,
 ) -> Tensor:
     """Attend one query token a row to its plain tokens and to the packed tokens that carry the mass.
 
@@ -65,29 +67,37 @@ def decode_attention(
         raise ValueError(f"p must be in (0, 1], got {p}; pass p=1.0 to keep everything")
     if min_keep < 0:
         raise ValueError(f"min_keep must be 0 or more, got {min_keep}")
-    _check_pages(query, key_pages, value_pages, plain)
+    _check_pages(query, key_pages, value_pages, plain, plain_table)
     check_tables(query.shape[0], block_table, num_pages)
     if plain_len.shape != num_pages.shape or plain_len.dtype != torch.int32:
         raise ValueError(
             f"plain_len must be {list(num_pages.shape)} int32, got {list(plain_len.shape)} {plain_len.dtype}"
         )
     if new_key is not None or new_value is not None:
+        if plain_table is not None:
+            raise ValueError("new_key must be None with a plain_table; write the tokens into their pages first")
         _check_new(new_key, new_value, plain)
     if candidates is not None or candidate_tokens is not None:
-        _check_candidates(plain, candidates, candidate_tokens, key_pages.codec.page_size)
+        _check_candidates(query.shape[0], plain.form[1], candidates, candidate_tokens, key_pages.codec.page_size)
     if stats is not None:
         _check_stats(query.shape, stats)
     out: Tensor = kernels("decode", query, query.dtype).decode_attention(
         query, key_pages, value_pages, plain, block_table=block_table, num_pages=num_pages,
         plain_len=plain_len, scaling=scaling, new_key=new_key, new_value=new_value, p=p, min_keep=min_keep,
         min_sparse_len=min_sparse_len, candidates=candidates, candidate_tokens=candidate_tokens, stats=stats,
+        plain_table=plain_table, num_sinks=num_sinks,
     )  # fmt: skip
     return out
 
 
-def _check_pages(query: Tensor, key_pages: KeyPages, value_pages: ValuePages, plain: PlainTokens) -> None:
+def _check_pages(
+    query: Tensor, key_pages: KeyPages, value_pages: ValuePages, plain: PlainTokens, plain_table: Tensor | None
+) -> None:
     shape, dtype = query.shape, query.dtype
     rows, kv_heads, key_dim, value_dim = plain.form
+    if plain_table is not None:
+        rows = shape[0]
+        _check_plain_table(plain_table, rows, plain.capacity, key_pages.codec.page_size)
     is_fitting = len(shape) == 3 and shape[0] == rows and shape[1] % kv_heads == 0 and shape[2] == key_dim
     if not is_fitting or dtype != plain.keys.dtype:
         raise ValueError(
@@ -107,6 +117,13 @@ def _check_pages(query: Tensor, key_pages: KeyPages, value_pages: ValuePages, pl
             raise ValueError(f"raw {name} pages must be of the query's dtype, {dtype}, got {pages.codes.dtype}")
 
 
+def _check_plain_table(table: Tensor, rows: int, capacity: int, page_size: int) -> None:
+    if table.dim() != 2 or table.shape[0] != rows or table.dtype != torch.int32 or not table.shape[1]:
+        raise ValueError(f"plain_table must be [{rows}, C] int32, got {list(table.shape)} {table.dtype}")
+    if capacity != page_size:
+        raise ValueError(f"plain pages must hold {page_size} tokens like the key pages, got {capacity}")
+
+
 def _check_new(new_key: Tensor | None, new_value: Tensor | None, plain: PlainTokens) -> None:
     if new_key is None or new_value is None:
         raise ValueError("new_key and new_value must be given together, got only one; pass both or neither")
@@ -119,9 +136,8 @@ def _check_new(new_key: Tensor | None, new_value: Tensor | None, plain: PlainTok
 
 
 def _check_candidates(
-    plain: PlainTokens, candidates: Tensor | None, candidate_tokens: Tensor | None, page_size: int
+    rows: int, kv_heads: int, candidates: Tensor | None, candidate_tokens: Tensor | None, page_size: int
 ) -> None:
-    rows, kv_heads, _, _ = plain.form
     if candidates is None:
         raise ValueError("candidate_tokens must come with candidates, the pages they are of, got only the tokens")
     if candidates.dim() != 3 or candidates.shape[:2] != (rows, kv_heads) or candidates.dtype != torch.int32:

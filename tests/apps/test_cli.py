@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-COMMANDS = [["generate"], ["parity"], ["env"], ["bench", "decode"], ["bench", "generate"]]
+COMMANDS = [["generate"], ["parity"], ["env"], ["bench", "decode"], ["bench", "generate"], ["bench", "serve"]]
 COMMANDS += [["eval", name] for name in ("ppl", "kl", "pareto", "mass", "budget", "needle", "ruler")]
 
 
@@ -22,6 +22,13 @@ def test_help_shows_an_example(cli: Callable[..., Any], command: list[str]) -> N
     assert f"hf-twilight {' '.join(command)}" in result.stdout
     assert "Example" in result.stdout
     assert "--json" in result.stdout
+
+
+@pytest.mark.parametrize("command", ["serve", "chat"])
+def test_help_of_what_runs_until_stopped_shows_an_example(cli: Callable[..., Any], command: str) -> None:
+    result = cli(command, "--help")
+    assert result.exit_code == 0
+    assert f"hf-twilight {command} --" in result.stdout
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -49,6 +56,14 @@ def test_main_without_arguments_teaches(cli: Callable[..., Any]) -> None:
         (["generate", "--load-cache", "no-such-file"], "no-such-file"),
         (["generate", "--threads", "0"], "threads must be at least 1, got 0"),
         (["parity", "--new-tokens", "1"], "new_tokens must be at least 2, got 1"),
+        (["serve", "--api-key", "a", "--api-key-file", "b"], "must not be given both"),
+        (["serve", "--api-key", " "], "the API key must not be empty"),
+        (["serve", "--api-key-file", "no-such-file"], "no-such-file"),
+        (["serve", "--chat-template", "no-such-file"], "chatml-tools, got 'no-such-file'"),
+        (["serve", "--host", "192.0.2.1"], "cannot listen on 192.0.2.1:8000"),
+        (["serve", "--max-connections", "0"], "max_connections must be at least 1, got 0"),
+        (["serve", "--max-running", "0", "--port", "0"], "max_running must be"),
+        (["serve", "--stall-s", "0"], "stall_s must be above 0"),
         (["bench", "decode", "--shape", "llama"], "shape must be llama3-8b, smollm2 or H,K,D"),
         (["bench", "decode", "--shape", "3,2,64"], "multiple of KV heads"),
         (["bench", "decode", "--p", "0"], "p must be in (0, 1], got 0"),

@@ -348,3 +348,72 @@ def test_refuses_pages_that_do_not_fit(make_scene: Callable[..., Any]) -> None:
     raw = ValuePages.empty(8, 2, 64, ValueCodec(16, 64), F16, query.device)
     with pytest.raises(ValueError, match=r"raw value pages must be of the query's dtype, torch.float32"):
         decode_attention(query, keys, raw, plain, **step)
+
+
+def _in_pages(scene: Any, num_sinks: int) -> tuple[PlainTokens, Tensor]:
+    """The plain tokens of a scene, its new ones included, as shared pages in scattered slots, and the table."""
+    arguments, step = scene.inputs()
+    plain, lens, size = arguments[3], step["plain_len"].tolist(), scene.key_pages.codec.page_size
+    rows, kv_heads, key_dim, value_dim = plain.form
+    sink_pages = -(-num_sinks // size)
+    columns = sink_pages + max(-(-max(0, length - num_sinks) // size) for length in lens)
+    slots = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(1)).view(rows, columns)
+    keys = torch.full((rows * columns, kv_heads, key_dim, size), torch.nan, dtype=plain.keys.dtype)
+    values = torch.full((rows * columns, kv_heads, size, value_dim), torch.nan, dtype=plain.keys.dtype)
+    for row, length in enumerate(lens):
+        plain.keys[row, :, :, length - 1], plain.values[row, :, length - 1] = (
+            step["new_key"][row],
+            step["new_value"][row],
+        )
+        for token in range(length):
+            column = token if token < num_sinks else sink_pages * size + token - num_sinks
+            slot, offset = int(slots[row, column // size]), column % size
+            keys[slot, :, :, offset] = plain.keys[row, :, :, token]
+            values[slot, :, offset] = plain.values[row, :, token]
+    return PlainTokens(keys, values), slots.to(torch.int32)
+
+
+@pytest.mark.parametrize("num_sinks", [0, 4, 70])
+@pytest.mark.parametrize("p", [0.9, 1.0])
+@pytest.mark.parametrize("bits", [3, 16])
+def test_plain_tokens_in_pages_are_attended_like_those_in_rows(
+    bits: int, p: float, num_sinks: int, make_scene: Callable[..., Any], device: str
+) -> None:
+    scene = make_scene(pages=_pages(), plain=PLAIN, key_bits=bits, value_bits=bits, group_size=64)
+    pages, table = _in_pages(scene, num_sinks)
+    pages = PlainTokens(pages.keys.to(device), pages.values.to(device))
+    shared = {"block_table": scene.block_table, "num_pages": scene.num_pages, "plain_len": scene.plain_len}
+    options = {**shared, "scaling": scene.scaling, "p": p, "plain_table": table.to(device), "num_sinks": num_sinks}
+    rows, _ = _decode(decode_attention, scene, p=p)
+    for kernel in (decode_attention, _reference.decode_attention):
+        found = kernel(scene.query, scene.key_pages, scene.value_pages, pages, **options)
+        assert torch.allclose(found, rows, atol=2e-5, rtol=0)
+
+
+def test_rows_of_pages_do_not_depend_on_their_neighbours(make_scene: Callable[..., Any]) -> None:
+    scene = make_scene(pages=_pages(), plain=PLAIN, key_bits=3, value_bits=3, group_size=64)
+    pages, table = _in_pages(scene, 4)
+    every = [scene.query, scene.block_table, scene.num_pages, scene.plain_len, table]
+    order = torch.tensor([4, 0, 2])
+
+    def run(query: Tensor, block_table: Tensor, num_pages: Tensor, plain_len: Tensor, plain_table: Tensor) -> Tensor:
+        return decode_attention(
+            query, scene.key_pages, scene.value_pages, pages, block_table=block_table, num_pages=num_pages,
+            plain_len=plain_len, scaling=scene.scaling, p=0.95, plain_table=plain_table, num_sinks=4,
+        )  # fmt: skip
+
+    assert torch.equal(run(*(tensor[order] for tensor in every)), run(*every)[order])
+
+
+def test_plain_pages_of_the_wrong_form_are_refused(make_scene: Callable[..., Any]) -> None:
+    scene = make_scene(pages=(1, 0), plain=(20, 70))
+    pages, table = _in_pages(scene, 4)
+    (query, keys, values, _), step = scene.inputs()
+    with pytest.raises(ValueError, match="new_key must be None"):
+        decode_attention(query, keys, values, pages, **step, plain_table=table)
+    step |= {"new_key": None, "new_value": None}
+    with pytest.raises(ValueError, match=r"plain_table must be \[2, C\] int32"):
+        decode_attention(query, keys, values, pages, **step, plain_table=table[:1])
+    wide = PlainTokens.empty(2, 2, 64, 64, 128, query.dtype, query.device)
+    with pytest.raises(ValueError, match="plain pages must hold 64 tokens"):
+        decode_attention(query, keys, values, wide, **step, plain_table=table)

@@ -20,7 +20,9 @@ FOLDER = Path(twilight_kernels.__file__).parent
 KERNELS = [
     name
     for name in twilight_kernels.__all__
-    if inspect.isfunction(getattr(twilight_kernels, name)) and name != "backend_name" and not hasattr(layout, name)
+    if inspect.isfunction(getattr(twilight_kernels, name))
+    and name not in ("backend_name", "release_threads")
+    and not hasattr(layout, name)
 ]
 
 

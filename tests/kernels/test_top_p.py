@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from twilight_kernels import _reference, top_p_threshold
+from twilight_kernels import _reference, top_p_flags, top_p_threshold
 
 PS = [0.5, 0.9, 0.95, 0.999]
 TOLERANCE = 1e-5  # of the mass: float32 sums
@@ -174,3 +174,43 @@ def test_strided_rows_are_read_as_they_lie(device: str) -> None:
 def test_refuses(arguments: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         top_p_threshold(**{"logits": torch.zeros(2, 5), **arguments})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("p", [*PS, 1.0])
+@pytest.mark.parametrize("name", ROWS)
+def test_flags_are_the_union_over_the_query_heads(name: str, p: float, device: str) -> None:
+    """The rows are heads: all of one KV head, or each of its own."""
+    logits, forced = ROWS[name], ROWS[name].amax(-1) - 1.0
+    for shape in ((1, 1, len(logits)), (1, len(logits), 1), (len(logits), 1, 1)):
+        grouped, given = logits.view(*shape, -1).to(device), forced.view(shape).to(device)
+        flags, share = (x.cpu() for x in top_p_flags(grouped, p, forced_lse=given))
+        assert flags.dtype == torch.bool
+        assert flags.shape == (*shape[:2], logits.shape[1])
+        limit = top_p_threshold(logits.to(device), p, forced_lse=forced.to(device)).cpu()
+        own = _kept(logits, limit).view(*shape, -1)
+        assert torch.equal(flags, own.any(2))
+        kept = flags.unsqueeze(2).expand_as(own).reshape(logits.shape)
+        true = _mass(logits, kept, forced)
+        assert torch.allclose(share.flatten().double(), true, atol=TOLERANCE, rtol=0)
+        assert bool((share >= p - TOLERANCE).all())
+
+
+def test_flags_of_nothing_are_not_set(device: str) -> None:
+    logits = torch.full((2, 1, 3, 20), -torch.inf, device=device)
+    flags, share = top_p_flags(logits, 0.9, forced_lse=torch.zeros(2, 1, 3, device=device))
+    assert not flags.any()
+    assert bool((share == 1).all())
+
+
+@pytest.mark.parametrize(
+    ("logits", "forced", "p", "said"),
+    [
+        (torch.zeros(2, 3, 4), torch.zeros(2, 3), 0.5, r"logits must be \[B, K, G, N\] float32"),
+        (torch.zeros(1, 2, 3, 4).half(), torch.zeros(1, 2, 3), 0.5, "logits must be .* got .* torch.float16"),
+        (torch.zeros(1, 2, 3, 4), torch.zeros(1, 6), 0.5, r"forced_lse must be \[1, 2, 3\] torch.float32"),
+        (torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3), 0.0, r"p must be in \(0, 1\], got 0.0"),
+    ],
+)
+def test_flags_refuse_what_does_not_fit(logits: Tensor, forced: Tensor, p: float, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        top_p_flags(logits, p, forced_lse=forced)

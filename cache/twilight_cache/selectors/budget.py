@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from twilight_kernels import top_p_threshold
+from twilight_kernels import top_p_flags, top_p_threshold
 
 Budget = int | float
 
@@ -63,10 +63,9 @@ def reaching(scores: Tensor, share: float, plain_mass: Tensor, kv_heads: int) ->
     Returns:
         ``[B, K, N]`` bool; ``[B, H]`` float32 share that the flagged entries, sinks and window carry by the scores.
     """
-    limit = top_p_threshold(scores.flatten(0, 1), share, forced_lse=plain_mass.flatten())
-    own = (scores >= limit.view(*plain_mass.shape, 1)) & (scores > -torch.inf)
-    flags = own.unflatten(1, (kv_heads, -1)).any(2)
-    return flags, coverage_of(scores, flags, plain_mass)
+    grouped, forced = scores.unflatten(1, (kv_heads, -1)), plain_mass.unflatten(1, (kv_heads, -1))
+    flags, coverage = top_p_flags(grouped, share, forced_lse=forced)
+    return flags, coverage.flatten(1)
 
 
 def coverage_of(scores: Tensor, flags: Tensor, plain_mass: Tensor) -> Tensor:

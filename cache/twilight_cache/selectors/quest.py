@@ -5,7 +5,8 @@ cache's ``page_size`` (the paper: 16 tokens). Deviations: the query heads of a K
 relative to each head's own maximum, not by the union of their lists, so that a budget is the same for every KV head.
 Without a budget (not in the paper) pages are taken until their *estimated* mass reaches a share: a bound is no mass
 (its softmax is off by orders of magnitude), so the estimate is that of ``twilight_kernels.page_masses``, from the
-same two numbers a channel.
+same two numbers a channel. It is right on average, and far too high for single heads whose pages hold an outlier:
+``coverage`` is then no promise, and a page is coarse in any case (docs/decisions.md): small pages help most.
 """
 
 from __future__ import annotations

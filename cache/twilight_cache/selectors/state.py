@@ -82,6 +82,7 @@ class SelectorState:
             **{f"tensors.{name}": tensor[:, :, :most] for name, tensor in self.tensors.items()},
         }
 
+    @torch.inference_mode(mode=False)
     def restore(self, saved: dict[str, Tensor]) -> None:
         """Take over what ``saved`` returned."""
         if saved:

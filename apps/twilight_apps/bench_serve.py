@@ -1,0 +1,207 @@
+"""How much work, and how much time, do many requests take: ours, Transformers' continuous batching, ``generate``?
+
+Regime: a workload of ``workloads.py``, in process, every entrant with an empty cache and the same weights and dtype,
+in turns. Counters come first: rows and calls are counted at the model's own forward, alike for all. A run that takes
+longer than the limit is stopped and its entrant left out of the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import documents, models, tables
+from .serve_entrants import ContinuousBatching, Sequential, Twilight
+from .serve_play import Answer, Entrant, Play, play
+from .workloads import Client, Sizes, Workload, build
+
+if TYPE_CHECKING:
+    from hf_twilight import TwilightConfig
+
+logger = logging.getLogger(__name__)
+
+OURS, UNSHARED, DEFAULT, TUNED, ONE_BY_ONE = "twilight", "twilight-unshared", "cb", "cb-tuned", "generate"
+ENTRANTS = (OURS, UNSHARED, DEFAULT, TUNED, ONE_BY_ONE)
+_OF_WORKLOAD = {
+    "w1": (OURS, DEFAULT, TUNED, ONE_BY_ONE),
+    "w2": (OURS, UNSHARED, TUNED),
+    "w3": (OURS, DEFAULT, TUNED),
+    "w10": (OURS, DEFAULT, TUNED),
+}
+
+
+def run(
+    model_name: str,
+    dtype: str,
+    settings: TwilightConfig,
+    workload_names: Sequence[str],
+    entrant_names: Sequence[str],
+    sizes: Sizes,
+    *,
+    rounds: int,
+    limit_s: float,
+    memory_share: float,
+    text: Path | None,
+) -> dict[str, Any]:
+    """Play workloads and print a table for each.
+
+    Args:
+        entrant_names: of ``ENTRANTS``; none for those that a workload is about.
+        rounds: runs of each entrant.
+        limit_s: seconds that a run may take.
+        memory_share: of the machine's memory, for the cache of continuous batching with default settings.
+    Returns:
+        What ``--json`` prints.
+    Raises:
+        ValueError: unknown names, numbers out of range, or a model that cannot hold a workload.
+        RuntimeError: our engine's answer in the batch is not its answer alone.
+    """
+    if rounds < 1 or limit_s <= 0 or not 0 < memory_share <= 1:
+        raise ValueError("rounds must be at least 1, the limit above 0 s and the memory share in (0, 1]")
+    if unknown := [name for name in entrant_names if name not in ENTRANTS]:
+        raise ValueError(f"entrant must be one of {', '.join(ENTRANTS)}, got {unknown[0]!r}")
+    tokenizer = models.load_tokenizer(model_name)
+    ids = documents.token_ids(tokenizer, documents.document_text(text))
+    workloads = [build(name, ids, sizes) for name in workload_names]
+    ours, stock = models.load(model_name, dtype), models.load(model_name, dtype)
+    limit = models.trained_context(stock)
+    for workload in workloads:
+        if limit is not None and workload.longest > limit:
+            raise ValueError(f"{workload.name} needs {workload.longest} tokens of context, the model has {limit}")
+    known: dict[str, Entrant] = {
+        OURS: Twilight(OURS, ours, tokenizer, settings),
+        UNSHARED: Twilight(UNSHARED, ours, tokenizer, settings, is_salted=True),
+        DEFAULT: ContinuousBatching(DEFAULT, stock, False, memory_share),
+        TUNED: ContinuousBatching(TUNED, stock, True, memory_share),
+        ONE_BY_ONE: Sequential(ONE_BY_ONE, stock),
+    }
+    results = []
+    for workload in workloads:
+        names = entrant_names or _OF_WORKLOAD[workload.name]
+        results.append(_compare(workload, [known[name] for name in names], rounds, limit_s))
+        _print(results[-1], str(stock.dtype).removeprefix("torch."))
+    return {
+        "model": model_name,
+        "dtype": str(stock.dtype).removeprefix("torch."),
+        "text": "file" if text is not None else "pydoc_data.topics",
+        "settings": settings.to_dict(),
+        "sizes": vars(sizes),
+        "rounds": rounds,
+        "memory_share_of_cb": memory_share,
+        "results": results,
+    }
+
+
+def _compare(workload: Workload, entrants: list[Entrant], rounds: int, limit_s: float) -> dict[str, Any]:
+    plays: dict[str, list[Play]] = {entrant.name: [] for entrant in entrants}
+    alone: dict[str, Answer] = {}
+    over: dict[str, str] = {}
+    with tables.progress(workload.name.upper(), (rounds + 1) * len(entrants)) as bar:
+
+        def attempt(entrant: Entrant, work: Callable[[], None]) -> None:
+            bar.update(bar.task_ids[0], description=f"{workload.name.upper()} {entrant.name}")
+            if entrant.name not in over:
+                try:
+                    work()
+                except (TimeoutError, MemoryError) as error:
+                    over[entrant.name] = str(error)
+                    logger.warning("%s is left out of %s: %s", entrant.name, workload.name, error)
+            bar.advance(bar.task_ids[0])
+
+        for entrant in entrants:
+            attempt(entrant, lambda entrant=entrant: alone.update({entrant.name: _alone(entrant, workload, limit_s)}))  # type: ignore[misc]
+        for index in range(rounds):
+            for entrant in entrants[index % len(entrants) :] + entrants[: index % len(entrants)]:
+                attempt(entrant, lambda entrant=entrant: plays[entrant.name].append(play(entrant, workload, limit_s)))  # type: ignore[misc]
+    for name in (OURS, UNSHARED):
+        for one in plays.get(name, []):
+            if one.served[0][0].answer.token_ids != alone[name].token_ids:
+                raise RuntimeError(f"{name}: the first answer of {workload.name} is not the one it gives alone")
+    rows = [_row(workload, name, runs) for name, runs in plays.items() if runs and name not in over]
+    for row in rows:
+        row["times_the_first"] = row["seconds"]["median"] / rows[0]["seconds"]["median"]
+        row["first_token_times_the_first"] = row["first_token_s"]["median"] / rows[0]["first_token_s"]["median"]
+        row["decode_share_of_the_first"] = row["decode_tokens_per_s"] / (rows[0]["decode_tokens_per_s"] or 1.0)
+    return {
+        "workload": workload.name,
+        "title": workload.title,
+        "requests": workload.num_requests,
+        "prompt_tokens": workload.num_prompt_tokens,
+        "new_tokens": workload.num_new_tokens,
+        "least_prefill_rows": workload.least_rows,
+        "entrants": rows,
+        "left_out": over,
+    }
+
+
+def _alone(entrant: Entrant, workload: Workload, limit_s: float) -> Answer:
+    """Serve only the first turn of the first client: a warm-up, and the answer to compare with."""
+    first = Workload(workload.name, "", [Client(0.0, workload.clients[0].turns[:1])])
+    return play(entrant, first, limit_s).served[0][0].answer
+
+
+def _row(workload: Workload, name: str, plays: list[Play]) -> dict[str, Any]:
+    """Summarize an entrant's runs; counters are those of the first."""
+    first = plays[0]
+    decode_rows = workload.num_new_tokens - workload.num_requests
+    prefill = first.rows - decode_rows
+    waits = [one.answer.times[0] - one.sent_s for play in plays for one in play.requests]
+    seconds = [play.end_s - play.start_s for play in plays]
+    again = prefill - workload.least_rows
+    later_turns = workload.num_requests - len(workload.clients)
+    return {
+        "name": name,
+        "prefill_rows": prefill,
+        "forward_calls": first.calls,
+        "recomputed_rows_per_later_turn": again / later_turns if later_turns else None,
+        "counters": first.counters,
+        "seconds": _spread(seconds),
+        "requests_per_s": workload.num_requests / statistics.median(seconds),
+        "first_token_s": _spread(waits),
+        "decode_tokens_per_s": statistics.median(_decode_speed(play) for play in plays),
+        "runs": len(plays),
+    }
+
+
+def _decode_speed(play: Play) -> float:
+    """Tokens a second while every request decodes: after the last first token; 0 if nothing came then."""
+    start = max(client[-1].answer.times[0] for client in play.served)
+    end = max(one.answer.times[-1] for one in play.requests)
+    count = sum(start < at <= end for one in play.requests for at in one.answer.times)
+    return count / (end - start) if end > start else 0.0
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    points = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
+    low, middle, high = points.tolist()
+    return {"median": middle, "p20": low, "p80": high}
+
+
+def _print(result: dict[str, Any], dtype: str) -> None:
+    rows = []
+    is_chat = result["entrants"] and result["entrants"][0]["recomputed_rows_per_later_turn"] is not None
+    for row in result["entrants"]:
+        again = [f"{row['recomputed_rows_per_later_turn']:.1f}"] if is_chat else []
+        peak = row["counters"].get("peak_pages")
+        rows.append([
+            row["name"],
+            f"{row['prefill_rows']:,}",
+            *again,
+            f"{row['forward_calls']:,}",
+            "-" if peak is None else f"{peak:,.0f}",
+            f"{row['seconds']['median']:.2f}",
+            f"{row['times_the_first']:.2f}",
+            f"{row['requests_per_s']:.2f}",
+            f"{row['first_token_s']['median']:.2f}",
+            f"{row['decode_tokens_per_s']:.1f}",
+        ])  # fmt: skip
+    columns = ["entrant", "prefill rows", *(["again a turn"] if is_chat else []), "forwards", "peak pages", "s"]
+    columns += [f"x {result['entrants'][0]['name']}" if rows else "x", "requests/s", "first token s", "decode tok/s"]
+    tables.print_table(f"{result['title']}; {dtype}, {torch.get_num_threads()} threads", columns, rows)
+    for name, reason in result["left_out"].items():
+        tables.say(f"{name} is left out: {reason}")

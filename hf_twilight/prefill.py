@@ -1,0 +1,92 @@
+"""Sparse prefill of one layer: when it pays, and what it did (SampleAttention, arXiv 2406.15486)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twilight_kernels import StripePlan, attend_stripes, select_stripes
+
+from .config import TwilightConfig
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What one forward chose: ``found [B, K, N, 4]`` as ``select_stripes`` reports, and its shape."""
+
+    found: Tensor
+    rows: int
+    total: int
+    padding: tuple[int, ...]
+
+
+class SparsePrefill:
+    """Attention of many query rows at once, to sinks, a window and the keys that carry the mass.
+
+    Args:
+        settings: of the cache.
+        layer_idx: place of the layer in the model.
+    """
+
+    def __init__(self, settings: TwilightConfig, layer_idx: int) -> None:
+        self.plan: StripePlan = settings.stripe_plan
+        self.min_keys = settings.min_prefill_len
+        self.is_on = settings.alpha < 1.0 and layer_idx not in settings.dense_layers
+        self._reports: list[_Report] = []
+
+    def pays(self, query: Tensor, keys: Tensor) -> bool:
+        """Whether ``query [B, H, T, D]`` over ``keys [B, K, S, D]`` is worth choosing keys for.
+
+        Fewer rows than a strip have too few samples to choose by; few keys are read faster than chosen.
+        """
+        if not self.is_on or query.device.type != "cpu" or query.dtype not in _DTYPES:
+            return False
+        return keys.shape[2] >= self.min_keys and query.shape[2] >= self.plan.strip
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, padding: Sequence[int]) -> Tensor:
+        """Attend the last T of S positions: ``[B, H, T, D]`` to ``[B, H, T, Dv]``; rows of padding are zero."""
+        pads = torch.tensor(padding, dtype=torch.int32)
+        mask, found = select_stripes(query, keys, self.plan, scaling=scaling, padding=pads)
+        self._reports.append(_Report(found, query.shape[2], keys.shape[2], tuple(padding)))
+        return attend_stripes(query, keys, values, mask, self.plan, scaling=scaling, padding=pads)
+
+    def clear(self) -> None:
+        """Forget what was done."""
+        self._reports = []
+
+    def stats(self) -> dict[str, Any] | None:
+        """What prefill attended to, None if nothing was sparse.
+
+        Returns:
+            ``density``, share of the causal query-key pairs that were computed; per KV head ``stripes``, mean number
+            of keys chosen for a strip; ``mass`` and ``mass_q05``, what the sampled rows keep by columns that other
+            rows chose: mean over strips, and mean over strips of the 5 % quantile of rows.
+        """
+        if not self._reports:
+            return None
+        done, pairs = 0.0, 0
+        strips: list[Tensor] = []  # [K, 4]
+        for report in self._reports:
+            for b, pad in enumerate(report.padding):
+                lead = report.total - report.rows - pad
+                for n, (first, end) in enumerate(self.plan.strips(report.rows, report.total, pad)):
+                    own, position = end - first, first + lead
+                    slab = max(0, position - self.plan.window)
+                    always = min(self.plan.num_sinks, slab) + position - slab
+                    triangle = own * (own + 1) // 2
+                    strips.append(report.found[b, :, n])
+                    done += own * (always + float(strips[-1][:, 0].mean())) + triangle
+                    pairs += own * position + triangle
+        mean = torch.stack(strips).mean(0)
+        return {
+            "density": done / pairs,
+            "stripes": mean[:, 0].tolist(),
+            "mass": mean[:, 2].tolist(),
+            "mass_q05": mean[:, 3].tolist(),
+        }

