@@ -24,7 +24,7 @@ Presets = Annotated[
 ]
 Baselines = Annotated[
     list[str] | None,
-    typer.Option("--baseline", help="One of the baselines, or 'none'; repeatable; default: all of them."),
+    typer.Option("--baseline", help="As 'hqq 4-bit' (an unknown name lists all), or 'none'; repeatable; default: all."),
 ]
 Modes = Annotated[list[str] | None, typer.Option("--mode", help="packing or decode; repeatable; default: both.")]
 Excerpts = Annotated[int | None, typer.Option(help="Excerpts of each text; default 2, with --small 1.")]
@@ -155,7 +155,7 @@ def _drift(
     json: bool,
     **plan: Any,
 ) -> None:
-    from . import eval_drift, eval_output, eval_plots, eval_texts
+    from . import eval_drift, eval_drift_tables, eval_output, eval_plots, eval_texts
 
     given = {
         name: tuple(value) if isinstance(value, list) else value
@@ -171,7 +171,7 @@ def _drift(
     texts = eval_texts.named_texts(text or [])
     eval_output.require_plotting(out)
     result = eval_drift.run(model, dtype, texts, settings, presets, baselines or [])
-    eval_drift.print_results(result, "ppl" if command == "ppl" else "kl")
+    eval_drift_tables.print_results(result, "ppl" if command == "ppl" else "kl")
     eval_output.finish(
         command, result, result["records"], out, json, lambda path: eval_plots.draw_drift(result, command, path)
     )

@@ -84,7 +84,7 @@ def prepare(
     methods = [
         eval_methods.dense(),
         *eval_methods.presets(presets),
-        *eval_methods.baselines(baselines or [eval_methods.NO_BASELINES], longest),
+        *eval_methods.baselines(baselines or [eval_methods.NO_BASELINES]),
     ]
     model = models.load(model_name, dtype, longest)
     models.use_attention(model, models.OUR_ATTENTION)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_twilight import TwilightCache
 from hf_twilight.drift import Drift, Reference, decode_drift, packing_drift
+from twilight_cache import DecodePolicy
 
 from . import eval_bytes, eval_methods, eval_texts, models, tables
 from .eval_methods import DECODE, DENSE, PACKING, Method
@@ -66,6 +67,7 @@ class Measured:
     drift: Drift | None = None
     stored: float = 0.0
     read: float | None = None
+    candidates: float | None = None
     kept: float | None = None
 
     def record(self, dense: Measured) -> dict[str, Any]:
@@ -79,7 +81,8 @@ class Measured:
         facts |= self.drift.summary()
         facts |= {"stored_bytes": self.stored, "smaller": dense.stored / self.stored}
         if self.read is not None and dense.read is not None:
-            facts |= {"read_bytes": self.read, "reads_less": dense.read / self.read, "kept_tokens": self.kept}
+            facts |= {"read_bytes": self.read, "reads_less": dense.read / self.read}
+            facts |= {"candidate_tokens": self.candidates, "kept_tokens": self.kept}
         return facts
 
 
@@ -98,7 +101,7 @@ def run(
         several texts, for ``ALL_TEXTS`` together.
     """
     chosen = eval_methods.presets(presets)
-    eval_methods.baselines(baselines, min(plan.contexts))  # refuse unknown names before anything is loaded
+    chosen_baselines = eval_methods.baselines(baselines)
     if PACKING in plan.modes:
         _require_windows(chosen, plan.chunk)
     tokenizer = models.load_tokenizer(model_name)
@@ -113,8 +116,8 @@ def run(
     model = models.load(model_name, dtype, max(plan.contexts) + 1)
     models.use_attention(model, models.OUR_ATTENTION)
     records: list[dict[str, Any]] = []
-    for context, cut in parts.items():
-        methods = [eval_methods.dense(), *chosen, *eval_methods.baselines(baselines, context)]
+    methods = [eval_methods.dense(), *chosen, *chosen_baselines]
+    for cut in parts.values():
         records += _pooled(_at_context(model, cut, methods, plan))
     return {
         "model": model_name,
@@ -195,18 +198,20 @@ def _run(
         drift=drift,
         stored=eval_bytes.stored_bytes(cache, model.dtype),
         read=eval_bytes.read_bytes(cache, model.dtype),
-        kept=_kept(cache),
+        candidates=_mean(cache, "candidates"),
+        kept=_mean(cache, "kept"),
     )
 
 
-def _kept(cache: Any) -> float | None:
-    """Packed tokens attended, mean over steps, KV heads and the layers that prune; None for other caches."""
+def _mean(cache: Any, count: str) -> float | None:
+    """A count of packed tokens, mean over steps, heads and the layers that prune; None for other caches."""
     if not isinstance(cache, TwilightCache):
         return None
-    layers = [layer for layer in cache.stats() if cache.settings.policy(layer["layer"]).p < 1.0]
+    policies = {layer["layer"]: cache.settings.policy(layer["layer"]) for layer in cache.stats()}
+    layers = [layer for layer in cache.stats() if policies[layer["layer"]] != DecodePolicy()]
     if not layers:
         return None
-    means: list[float] = [sum(layer["kept"]) / len(layer["kept"]) for layer in layers]
+    means: list[float] = [sum(layer[count]) / len(layer[count]) for layer in layers]
     return sum(means) / len(means)
 
 
@@ -240,44 +245,11 @@ def _join(parts: list[Measured]) -> Measured:
         values = [getattr(part, name) for part in parts]
         return None if values[0] is None else sum(values) / len(values)
 
-    return replace(parts[0], drift=drift, stored=mean("stored"), read=mean("read"), kept=mean("kept"))
-
-
-def print_results(result: dict[str, Any], figure: str) -> None:
-    """Print a table for each text, context and mode; ``figure`` is ``"ppl"`` or ``"kl"``."""
-    groups = dict.fromkeys((r["text"], r["context"], r["mode"]) for r in result["records"])
-    for text, context, mode in groups:
-        rows = [r for r in result["records"] if (r["text"], r["context"], r["mode"]) == (text, context, mode)]
-        _print_group(f"{result['model']}, {result['dtype']}, {text}, {context:,} tokens", mode, rows, figure, result)
-
-
-def _print_group(title: str, mode: str, rows: list[dict[str, Any]], figure: str, result: dict[str, Any]) -> None:
-    way = (
-        f"packing: chunks of {result['chunk']} tokens, nothing pruned"
-        if mode == PACKING
-        else f"decode: the last {result['positions']} tokens one by one, pruned"
+    return replace(
+        parts[0],
+        drift=drift,
+        stored=mean("stored"),
+        read=mean("read"),
+        candidates=mean("candidates"),
+        kept=mean("kept"),
     )
-    drift = ["perplexity", "change", "± error"] if figure == "ppl" else ["KL to dense", "± error", "99th pct"]
-    columns = ["method", *drift, "same top-1", "KV", "smaller"]
-    if mode == DECODE:
-        columns += ["read a step", "reads less", "tokens attended"]
-    lines = []
-    for row in rows:
-        if "kl" not in row:
-            lines.append([row["method"], row["status"].partition(":")[0], *[""] * (len(columns) - 2)])
-            continue
-        if figure == "ppl":
-            change, error = row["perplexity_change"], row["perplexity_change_error"]
-            shown = [f"{row['perplexity']:.3f}", f"{change:+.2%}", f"{error:.2%}"]
-        else:
-            shown = [f"{max(0.0, row['kl']):.5f}", f"{row['kl_error']:.5f}", f"{row['kl_p99']:.4f}"]
-        line = [row["method"], *shown, f"{row['agreement']:.1%}"]
-        line += [tables.size(row["stored_bytes"]), f"{row['smaller']:.2f}x"]
-        if mode == DECODE:
-            kept = "all" if row["kept_tokens"] is None else f"{row['kept_tokens']:,.0f}"
-            line += [tables.size(row["read_bytes"]), f"{row['reads_less']:.1f}x", kept]
-        lines.append(line)
-    tables.print_table(f"{title}\n{way}", columns, lines)
-    for row in rows:
-        if "kl" not in row:
-            tables.say(f"{row['method']}: {row['status']}")

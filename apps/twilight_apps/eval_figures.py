@@ -29,18 +29,19 @@ def _drift(result: Record) -> str:
         lines = [
             f"{_where(result)}, {text}, {context:,} tokens; decode over {result['positions']} tokens:",
             "",
-            "| method | smaller | KL | perplexity | KL in decode | reads less |",
-            "|---|---|---|---|---|---|",
+            "| method | smaller | KL | perplexity | KL in decode | reads less | candidates | attended |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for name in dict.fromkeys(r["method"] for r in records):
             own = {r["mode"]: r for r in records if r["method"] == name}
             packing, decode = own.get("packing", {}), own.get("decode", {})
             if "kl" not in packing and "kl" not in decode:
-                lines.append(f"| {name} | {next(iter(own.values()))['status'].partition(':')[0]} | | | | |")
+                lines.append(f"| {name} | {next(iter(own.values()))['status'].partition(':')[0]} | | | | | | |")
                 continue
             both = packing if "kl" in packing else decode
             less = f"{decode['reads_less']:.1f}x" if "kl" in decode else ""
             figures = [f"{both['smaller']:.2f}x", _kl(packing), _change(packing), _kl(decode), less]
+            figures += [_count(decode, "candidate_tokens"), _count(decode, "kept_tokens")]
             lines.append(f"| {name} | {' | '.join(figures)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
@@ -50,10 +51,15 @@ def _kl(record: Record) -> str:
     return f"{max(0.0, record['kl']):.4f} ± {record['kl_error']:.4f}" if "kl" in record else ""
 
 
+def _count(record: Record, name: str) -> str:
+    return "" if record.get(name) is None else f"{record[name]:,.0f}"
+
+
 def _change(record: Record) -> str:
     if "kl" not in record:
         return ""
-    return f"{record['perplexity_change']:+.1%} ± {record['perplexity_change_error']:.1%}"
+    change = round(record["perplexity_change"], 3) + 0.0  # no minus before a zero
+    return f"{change:+.1%} ± {record['perplexity_change_error']:.1%}"
 
 
 def _mass(result: Record) -> str:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_twilight import TwilightConfig
+from hf_twilight import TwilightCache, TwilightConfig
 from hf_twilight.recording import Record, recording
-from twilight_cache import LayerStore, PagePool, SequenceBatch
+from twilight_cache.selectors import NUM_QUERIES
 
 from . import decode_check, eval_methods, models, tables
 from .eval_texts import Excerpt
@@ -23,6 +23,10 @@ from .synthetic import AttentionInputs
 
 EXACT_KEYS = "exact keys"
 _QUANTILES = {"q01": 0.01, "q05": 0.05, "median": 0.5, "q999": 0.999}
+# settings that decide what is attended to, and not how it is stored
+_NO_ROUNDING = (
+    "page_size", "num_sinks", "window", "p", "min_keep", "selector", "budget", "dense_layers", "min_sparse_len",
+)  # fmt: skip
 _SLACK = 0.005  # a head and step counts as kept if it is short of p by no more
 
 
@@ -63,7 +67,7 @@ def run(
         raise ValueError(f"context must exceed steps, got {context} and {plan.steps}")
     model = models.load(model_name, dtype, context)
     with (
-        recording(model, plan.steps) as recorded,
+        recording(model, min(context, plan.steps + NUM_QUERIES)) as recorded,
         tables.layer_progress(model, "Dense forward"),
         torch.inference_mode(),
     ):
@@ -75,12 +79,9 @@ def run(
             for p in plan.shares:
                 found = {}
                 for index, record in recorded.items():
-                    policy = replace(config, p=p).policy(index)
-                    if policy.p < 1.0:
-                        store = LayerStore(
-                            SequenceBatch(config.layout, PagePool()), config.key_codec, config.value_codec, policy
-                        )
-                        found[index] = weigh(store, record)
+                    cache = TwilightCache(model.config, replace(config, p=p))  # layers go one by one, each in its own
+                    if cache.settings.policy(index).p < 1.0:
+                        found[index] = weigh(cache, index, record, plan.steps)
                     bar.advance(bar.task_ids[0])
                 records.append({"setting": name, "p": p, **_summary(p, list(found.values()))})
                 layers += [{"setting": name, "p": p, "layer": i, **_heads(a)} for i, a in found.items()]
@@ -96,28 +97,38 @@ def chosen_settings(presets: Sequence[str], changes: Sequence[str]) -> dict[str,
     """Return the presets with changes, and unrounded keys under the same pruner, which they are judged by."""
     found = {name: models.changed(config, changes) for name, config in eval_methods.configs(presets).items()}
     first = next(iter(found.values()))
-    exact = replace(first, key_bits=16, value_bits=16)
+    exact = TwilightConfig.preset("exact", **{name: getattr(first, name) for name in _NO_ROUNDING})
     return {EXACT_KEYS: exact, **found}
 
 
 @torch.inference_mode()
-def weigh(store: LayerStore, record: Record) -> Achieved:
-    """Take the recorded queries' steps one by one and weigh what each attends to.
+def weigh(cache: TwilightCache, layer_idx: int, record: Record, steps: int) -> Achieved:
+    """Take the last recorded queries' steps one by one in one layer and weigh what each attends to.
 
     Args:
-        store: an empty layer of one row.
-        record: one row's queries, keys and values.
+        cache: an empty cache.
+        layer_idx: the layer that is used; it packs and prunes as the cache's settings say.
+        record: one row's queries, keys and values; queries before the last ``steps`` are shown to the selector as
+            the end of the prompt.
+        steps: at most as many as there are queries.
     """
-    sequences, (_, heads, steps, _) = store.sequences, record.query.shape
+    sequences, heads = cache.sequences, record.query.shape[1]
     keys, values = record.keys.float(), record.values.float()
+    layer = cache.twilight_layers[[layer.layer_idx for layer in cache.twilight_layers].index(layer_idx)]
+    layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
+    store = layer.store
+    assert store is not None
     start = keys.shape[2] - steps
     store.append(sequences.begin(0, start, 1, [0]), keys[:, :, :start], values[:, :, :start])
+    prompt, queries = record.query.float().split([record.query.shape[2] - steps, steps], 2)
+    if prompt.shape[2]:
+        store.observe(prompt, record.scaling)
     masses: list[Tensor] = []
     claimed: list[Tensor] = []
     kept: list[Tensor] = []
     for index in range(steps):
         end = start + index + 1
-        query, seen = record.query[:, :, index].float(), keys[:, :, :end]
+        query, seen = queries[:, :, index], keys[:, :, :end]
         shared = seen.repeat_interleave(heads // seen.shape[1], 1)
         logits = (shared @ query[..., None])[0, :, :, 0] * record.scaling
         inputs = AttentionInputs(query.contiguous(), seen, values[:, :, :end], logits, record.scaling)
@@ -125,9 +136,10 @@ def weigh(store: LayerStore, record: Record) -> Achieved:
         store.stats = None
         store.attend(inputs.query, record.scaling, step, seen[:, :, -1], inputs.values[:, :, -1])
         assert store.stats is not None
+        assert store.coverage is not None
         _, _, kept_tokens, claim, _ = store.stats[0].T
         masses.append(decode_check.attended_mass(store, step, inputs))
-        claimed.append(claim)
+        claimed.append(claim * store.coverage[0])
         kept.append(kept_tokens)
         store.flush(step.flushes)
     return Achieved(*(torch.stack(parts).double() for parts in (masses, claimed, kept)))
@@ -142,7 +154,8 @@ def _summary(p: float, found: list[Achieved]) -> dict[str, Any]:
         **{name: float(mass.quantile(q)) for name, q in _QUANTILES.items()},
         "least": float(mass.min()),
         "share_reached": float((mass >= p - _SLACK).double().mean()),
-        "claimed_median": float(claimed.median()),
+        # a selector that knows nothing of the whole mass claims nothing
+        "claimed_median": None if claimed.isnan().any() else float(claimed.median()),
         "kept_tokens": float(torch.cat([a.kept.flatten() for a in found]).mean()),
         "heads_and_steps": mass.numel(),
     }

@@ -23,7 +23,8 @@ PACKING, DECODE = "packing", "decode"
 NO_BASELINES = "none"
 PRESET, PEER, POLICY = "preset", "peer", "policy"
 
-_FIXED_BUDGET_SHARE = 0.25  # of the context, as Quest's and Tactic's tables
+_BUDGET = 0.25  # share of the packed tokens, as in Quest's and Twilight's tables
+_BUDGET_ONLY = ("streaming", "snapkv")  # these estimate no mass, so that nothing but a budget limits them
 _POLICY_P = 0.95
 # bits and axis as Transformers' documentation recommends them: axis 0 for quanto, 1 for hqq
 _PEERS: dict[str, dict[str, Any]] = {
@@ -85,18 +86,17 @@ def configs(names: Sequence[str]) -> dict[str, TwilightConfig]:
     return found
 
 
-def baselines(names: Sequence[str], context: int) -> list[Method]:
+def baselines(names: Sequence[str]) -> list[Method]:
     """Return peers and policies by name; no names are all of them, ``"none"`` is none.
 
     Args:
-        names: of ``baseline_names()``.
-        context: tokens of the text; fixed budgets are a share of it.
+        names: of peers and policies.
     Raises:
         ValueError: an unknown name; the nearest is given.
     """
     if list(names) == [NO_BASELINES]:
         return []
-    every = {method.name: method for method in [*_peers(), *_policies(context)]}
+    every = {method.name: method for method in [*_peers(), *_policies()]}
     for name in names:
         if name not in every:
             near = difflib.get_close_matches(name, every, n=1, cutoff=0.0)[0]
@@ -128,22 +128,25 @@ def _missing(backend: str) -> str | None:
     return None
 
 
-def _policies(context: int) -> list[Method]:
+def _policies() -> list[Method]:
     """Selectors and the pruner on unrounded pages; they act on single-token steps only."""
-    budget = max(64, round(_FIXED_BUDGET_SHARE * context))
+    pruned = f"top-p {_POLICY_P:g}"
+    share = f"1/{round(1 / _BUDGET)}"
     found = []
     for name in SELECTORS:
-        pruned = _policy(name, _POLICY_P, None if name == "full" else budget)
         if name == "full":
-            found.append(_ours(f"top-p {_POLICY_P:g}", POLICY, pruned, (DECODE,)))
-        else:
-            found.append(_ours(f"{name} 1/4", POLICY, _policy(name, 1.0, budget), (DECODE,)))
-            found.append(_ours(f"{name} 1/4 + top-p {_POLICY_P:g}", POLICY, pruned, (DECODE,)))
+            found.append(_policy(pruned, name, _POLICY_P, None))
+            continue
+        found.append(_policy(f"{name} {share}", name, 1.0, _BUDGET))
+        found.append(_policy(f"{name} {share} + {pruned}", name, _POLICY_P, _BUDGET))
+        if name not in _BUDGET_ONLY:
+            found.append(_policy(f"{name} + {pruned}", name, _POLICY_P, None))
     return found
 
 
-def _policy(selector: str, p: float, budget: int | None) -> TwilightConfig:
-    return TwilightConfig.preset("exact", p=p, selector=selector, budget=budget, dense_layers=(0, 1))
+def _policy(label: str, selector: str, p: float, budget: float | None) -> Method:
+    config = TwilightConfig.preset("exact", p=p, selector=selector, budget=budget, dense_layers=(0, 1))
+    return _ours(label, POLICY, config, (DECODE,))
 
 
 def _ours(name: str, kind: str, config: TwilightConfig, modes: tuple[str, ...] = (PACKING, DECODE)) -> Method:

@@ -127,9 +127,10 @@ def _label(axis: Axes, records: list[Record], size: str) -> None:
     points = {r["method"]: axis.transData.transform((r[size], max(r["kl"], _FLOOR))) for r in records}
     taken = [(x - 8, x + 8, y) for x, y in points.values()]
     for record in sorted(records, key=lambda r: r["kl"]):
-        text = f"{record['method']}  {record[size]:.1f}x"
+        is_policy = record["kind"] == POLICY  # many, and there for comparison: small, without figures
+        text = record["method"] if is_policy else f"{record['method']}  {record[size]:.1f}x"
         x, y = points[record["method"]]
-        left, right = x + 12, x + 12 + 7.6 * len(text)
+        left, right = x + 12, x + 12 + (6.3 if is_policy else 7.6) * len(text)
         shift = next(
             shift
             for step in count()
@@ -140,7 +141,7 @@ def _label(axis: Axes, records: list[Record], size: str) -> None:
         taken.append((left, right, place))
         axis.annotate(
             text, (record[size], max(record["kl"], _FLOOR)), xytext=((left - x) * 72 / _DPI, (place - y) * 72 / _DPI),
-            textcoords="offset points", va="center", fontsize=8.5, color=COLOURS[record["kind"]],
+            textcoords="offset points", va="center", fontsize=7 if is_policy else 8.5, color=COLOURS[record["kind"]],
             fontweight="bold" if record["kind"] == PRESET else "normal",
             arrowprops={"arrowstyle": "-", "color": "#d6d3d1", "linewidth": 0.7} if abs(shift) > 8 else None,
         )  # fmt: skip

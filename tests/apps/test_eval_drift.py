@@ -91,12 +91,12 @@ def test_a_peer_that_is_not_installed_is_reported(
 
 
 def test_every_selector_is_a_baseline_alone_and_pruned() -> None:
-    names = [method.name for method in eval_methods.baselines([], 2048)]
+    names = [method.name for method in eval_methods.baselines([])]
     for selector in SELECTORS:
         if selector != "full":
             assert f"{selector} 1/4" in names
             assert f"{selector} 1/4 + top-p 0.95" in names
-    assert eval_methods.baselines(["none"], 2048) == []
+    assert eval_methods.baselines(["none"]) == []
 
 
 def test_presets_may_be_folders(tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
-from hf_twilight import TwilightConfig
+from hf_twilight import TwilightCache
 from hf_twilight.recording import Record
 from twilight_apps.eval_mass import weigh
-from twilight_cache import LayerStore, PagePool, SequenceBatch
 
 
 def _record(tokens: int, steps: int) -> Record:
@@ -22,15 +22,14 @@ def _record(tokens: int, steps: int) -> Record:
     return Record(torch.randn(1, 4, steps, 16, generator=generator), keys, values, 0.25)
 
 
-def _store(**changes: Any) -> LayerStore:
-    config = TwilightConfig(page_size=16, window=16, min_keep=0, min_sparse_len=0, dense_layers=(), **changes)
-    sequences = SequenceBatch(config.layout, PagePool())
-    return LayerStore(sequences, config.key_codec, config.value_codec, config.policy(0))
+def _cache(**changes: Any) -> TwilightCache:
+    config = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    return TwilightCache(config, page_size=16, window=16, min_keep=0, min_sparse_len=0, dense_layers=(), **changes)
 
 
 @pytest.mark.parametrize("p", [0.8, 0.95])
 def test_unrounded_keys_deliver_what_is_asked(p: float) -> None:
-    found = weigh(_store(key_bits=16, value_bits=16, key_clip=1.0, p=p), _record(200, 40))
+    found = weigh(_cache(key_bits=16, value_bits=16, key_clip=1.0, p=p), 1, _record(200, 40), 40)
     assert found.mass.shape == found.kept.shape == (40, 4)
     assert found.mass.min() >= p - 1e-6
     assert found.mass.max() <= 1.0 + 1e-9
@@ -40,7 +39,7 @@ def test_unrounded_keys_deliver_what_is_asked(p: float) -> None:
 
 
 def test_rounded_keys_fall_short_of_their_claim_somewhere() -> None:
-    found = weigh(_store(key_bits=2, value_bits=2, p=0.8), _record(200, 40))
+    found = weigh(_cache(key_bits=2, value_bits=2, p=0.8), 1, _record(200, 40), 40)
     assert found.mass.min() < 0.8
     assert (found.claimed - found.mass).abs().max() > 1e-3
 
@@ -59,6 +58,19 @@ def test_eval_mass_reports_asked_and_achieved(cli: Callable[..., Any], tiny_mode
     assert compact["least"] < exact["least"]
     assert {layer["layer"] for layer in result.json["layers"]} == {1}
     assert (tmp_path / "mass.png").is_file()
+
+
+@pytest.mark.parametrize("selector", ["streaming", "snapkv", "tactic"])
+def test_eval_mass_weighs_what_selectors_leave_out(cli: Callable[..., Any], tiny_model: str, selector: str) -> None:
+    budget = ["--set", "p=0.9"] if selector == "tactic" else ["--set", "budget=0.25"]
+    result = cli(
+        "eval", "mass", "--small", "--model", tiny_model, "--context", 700, "--steps", 2, "--preset", "exact",
+        "--set", f"selector={selector}", *budget, "--set", "min_sparse_len=0", "--p", 0.9, "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    found = {r["setting"]: r for r in result.json["records"]}["exact"]
+    assert found["least"] < 0.9  # mass beyond the candidates is lost, and seen to be
+    assert (found["claimed_median"] is None) == (selector != "tactic")
 
 
 def test_eval_budget_counts_what_the_cache_counts(cli: Callable[..., Any], tiny_model: str, tmp_path: Path) -> None:
