@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-SMALL = ["--requests", 3, "--shared", 40, "--answer", 4, "--context", 50, "--rate", 50, "--memory-share", 0.02]
+SMALL = ["--requests", 3, "--shared", 40, "--answer", 4, "--context", 50, "--rate", 50, "--memory-share", 0.1]
 
 
 def test_bench_serve_counts_rows_alike_for_all(cli: Callable[..., Any], tiny_model: str) -> None:
