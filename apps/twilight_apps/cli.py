@@ -26,8 +26,6 @@ app = typer.Typer(
     "Start with [bold]hf-twilight generate[/bold]: it needs no arguments and no network.",
 )
 app.add_typer(bench, name="bench")
-app.command()(serve)
-app.command()(chat)
 app.add_typer(evaluation, name="eval")
 
 
@@ -141,6 +139,10 @@ def env(json: options.Json = False, verbose: options.Verbose = 0, quiet: options
         print_table("hf-twilight", ["fact", "here"], rows, left=2)
         if json:
             print_json("env", **installation())
+
+
+app.command()(serve)
+app.command()(chat)
 
 
 def _flat(value: object) -> str:
