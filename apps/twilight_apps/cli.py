@@ -27,8 +27,6 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.add_typer(evaluation, name="eval")
-app.command()(serve)
-app.command()(chat)
 
 
 def main() -> None:
@@ -141,6 +139,10 @@ def env(json: options.Json = False, verbose: options.Verbose = 0, quiet: options
         print_table("hf-twilight", ["fact", "here"], rows, left=2)
         if json:
             print_json("env", **installation())
+
+
+app.command()(serve)
+app.command()(chat)
 
 
 def _flat(value: object) -> str:
