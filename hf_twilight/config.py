@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from twilight_cache import (
     check_budget,
 )
 from twilight_kernels import KeyCodec, StripePlan, ValueCodec
+
+from .layer_settings import LayerSettings, parse_layers
 
 CONFIG_NAME = "twilight_config.json"
 FORMAT_VERSION = 1
@@ -56,6 +59,10 @@ class TwilightConfig:
         prefill_window: keys before a strip of 256 query rows that prefill attends to in any case.
         prefill_samples: rows of a strip whose attention is computed to choose its keys, 16 or 32.
         min_prefill_len: keys below which prefill attends to everything.
+        layers: bits and clip of single layers, where they differ: an index to ``LayerSettings``, or to a dict of
+            some of its fields.
+        calibrated_for: signature of the model that ``calibrate`` chose these settings for; a cache for another
+            model refuses them. None fits every model.
     Raises:
         ValueError: a value outside its range.
     """
@@ -77,10 +84,16 @@ class TwilightConfig:
     prefill_window: int = 128
     prefill_samples: int = 16
     min_prefill_len: int = 4096
+    layers: Mapping[int, LayerSettings] = field(default_factory=dict, hash=False)
+    calibrated_for: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         _ = self.key_codec, self.value_codec  # check their ranges
+        rest = LayerSettings(self.key_bits, self.value_bits, self.key_clip)
+        object.__setattr__(self, "layers", parse_layers(self.layers, rest))
+        if self.calibrated_for is not None and not isinstance(self.calibrated_for, Mapping):
+            raise ValueError(f"calibrated_for must be a model's signature or None, got {self.calibrated_for!r}")
         _require_share("p", self.p, "keep everything")
         _require_share("alpha", self.alpha, "attend to everything in prefill")
         for name, least in (("num_sinks", 0), ("window", 1), ("min_keep", 0)):
@@ -111,6 +124,16 @@ class TwilightConfig:
     def value_codec(self) -> ValueCodec:
         return ValueCodec(self.value_bits, self.page_size, self.group_size)
 
+    def codecs(self, layer_idx: int) -> tuple[KeyCodec, ValueCodec]:
+        """Return how keys and values of layer ``layer_idx`` are packed."""
+        own = self.layers.get(layer_idx)
+        if own is None:
+            return self.key_codec, self.value_codec
+        return (
+            replace(self.key_codec, bits=own.key_bits, clip=own.key_clip),
+            replace(self.value_codec, bits=own.value_bits),
+        )
+
     @property
     def stripe_plan(self) -> StripePlan:
         floor = max(0.0, 1.0 - 1.6 * (1.0 - self.alpha))  # what 95 % of the sampled rows keep: 0.92 at 0.95
@@ -123,7 +146,8 @@ class TwilightConfig:
     @property
     def is_exact(self) -> bool:
         """Whether nothing is rounded and nothing left out: attention is then the stock function."""
-        return self.p == 1.0 and self.key_codec.is_raw and self.value_codec.is_raw and self.selector == "full"
+        codecs = [self.key_codec, self.value_codec, *(codec for layer in self.layers for codec in self.codecs(layer))]
+        return self.p == 1.0 and all(codec.is_raw for codec in codecs) and self.selector == "full"
 
     def policy(self, layer_idx: int) -> DecodePolicy:
         """Return how layer ``layer_idx`` decodes."""
@@ -214,14 +238,19 @@ class TwilightConfig:
 
 
 def as_config(settings: TwilightConfig | dict[str, Any] | str | None, **changes: Any) -> TwilightConfig:
-    """Return a config from a config, a dict, a preset's name or None (``balanced``), with ``changes``.
+    """Return a config from a config, a dict, a name or None (``balanced``), with ``changes``.
+
+    A name is a preset's, or a folder that holds ``twilight_config.json``, as ``calibrate`` writes it.
 
     Raises:
+        FileNotFoundError: a folder without the file.
         TypeError: another type.
         ValueError: unknown names or values outside their ranges.
     """
     if settings is None:
         settings = "balanced"
+    if isinstance(settings, str) and settings not in PRESETS and Path(settings).is_dir():
+        settings = TwilightConfig.from_pretrained(settings)
     if isinstance(settings, str):
         return TwilightConfig.preset(settings, **changes)
     if isinstance(settings, dict):
