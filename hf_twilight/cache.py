@@ -20,6 +20,7 @@ from .attention import ATTENTION_NAME, Handle, pin
 from .config import TwilightConfig, as_config
 from .prefill import SparsePrefill
 from .signature import difference
+from .skvq_tables import read_tables
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,7 +82,12 @@ class TwilightLayer(CacheLayerMixin):
             value_codec = ValueCodec(16, value_codec.page_size)
         if (key_codec, value_codec) != wanted:
             logger.info("layer %d keeps raw pages: head_dim %d does not pack", self.layer_idx, self.key_dim)
-        self.store = LayerStore(self.sequences, key_codec, value_codec, self.settings.policy(self.layer_idx))
+        policy, tables = self.settings.policy(self.layer_idx), self.settings.skvq_tables
+        if tables is None:
+            self.store = LayerStore(self.sequences, key_codec, value_codec, policy)
+        else:
+            by_skvq = read_tables(tables, self.layer_idx, self.settings.page_size)
+            self.store = LayerStore(self.sequences, *by_skvq, policy)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -112,7 +118,7 @@ class TwilightLayer(CacheLayerMixin):
         """Whether one query token a row, in rows padded like this, can be answered from pages."""
         if self._pending is None or self.settings.is_exact or self.dtype not in _KERNEL_DTYPES:
             return False
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" or self.store is None or not self.store.has_kernels:
             return False
         start = self._pending[2]
         return self.sequences.accepts_padding(padding, start) and max(padding) <= start

@@ -63,6 +63,8 @@ class TwilightConfig:
             some of its fields.
         calibrated_for: signature of the model that ``calibrate`` chose these settings for; a cache for another
             model refuses them. None fits every model.
+        skvq_tables: file that ``calibrate_skvq`` wrote: every layer is packed by SKVQ with the levels, clips and
+            groups of that file, and bits, clip, groups and sparsity above do not apply. None packs pages per channel.
     Raises:
         ValueError: a value outside its range.
     """
@@ -86,6 +88,7 @@ class TwilightConfig:
     min_prefill_len: int = 4096
     layers: Mapping[int, LayerSettings] = field(default_factory=dict, hash=False)
     calibrated_for: Mapping[str, Any] | None = field(default=None, hash=False)
+    skvq_tables: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
@@ -94,6 +97,8 @@ class TwilightConfig:
         object.__setattr__(self, "layers", parse_layers(self.layers, rest))
         if self.calibrated_for is not None and not isinstance(self.calibrated_for, Mapping):
             raise ValueError(f"calibrated_for must be a model's signature or None, got {self.calibrated_for!r}")
+        if self.skvq_tables is not None and not isinstance(self.skvq_tables, str):
+            raise ValueError(f"skvq_tables must be the path of a file or None, got {self.skvq_tables!r}")
         _require_share("p", self.p, "keep everything")
         _require_share("alpha", self.alpha, "attend to everything in prefill")
         for name, least in (("num_sinks", 0), ("window", 1), ("min_keep", 0)):
@@ -147,7 +152,8 @@ class TwilightConfig:
     def is_exact(self) -> bool:
         """Whether nothing is rounded and nothing left out: attention is then the stock function."""
         codecs = [self.key_codec, self.value_codec, *(codec for layer in self.layers for codec in self.codecs(layer))]
-        return self.p == 1.0 and all(codec.is_raw for codec in codecs) and self.selector == "full"
+        is_raw = self.skvq_tables is None and all(codec.is_raw for codec in codecs)
+        return self.p == 1.0 and is_raw and self.selector == "full"
 
     def policy(self, layer_idx: int) -> DecodePolicy:
         """Return how layer ``layer_idx`` decodes."""
@@ -216,14 +222,15 @@ class TwilightConfig:
             FileNotFoundError: a folder without the file.
             ValueError: the file is not valid JSON, or holds unknown settings.
         """
+        from huggingface_hub import hf_hub_download
+
         path = Path(name) / CONFIG_NAME
-        if not path.is_file():
+        is_local = path.is_file()
+        if not is_local:
             if Path(name).exists():
                 raise FileNotFoundError(
                     f"{name} must hold {CONFIG_NAME}, got a folder without it; write it with save_pretrained"
                 )
-            from huggingface_hub import hf_hub_download
-
             path = Path(hf_hub_download(os.fspath(name), CONFIG_NAME, **hub_options))
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
@@ -234,7 +241,12 @@ class TwilightConfig:
                 f"{path} must be JSON with one object of settings, got {settings!r}; "
                 "write it again with save_pretrained"
             )
-        return TwilightConfig.from_dict(settings)
+        config = TwilightConfig.from_dict(settings)
+        if config.skvq_tables is None or Path(config.skvq_tables).is_absolute():
+            return config
+        if is_local:
+            return replace(config, skvq_tables=str(path.parent.absolute() / config.skvq_tables))
+        return replace(config, skvq_tables=hf_hub_download(os.fspath(name), config.skvq_tables, **hub_options))
 
 
 def as_config(settings: TwilightConfig | dict[str, Any] | str | None, **changes: Any) -> TwilightConfig:

@@ -21,6 +21,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from twilight_kernels import KeyPages, PlainTokens, ValuePages
+from twilight_kernels.skvq import SkvqCodec, SkvqPages
 
 from .config import TwilightConfig
 from .signature import difference, signature
@@ -181,7 +182,12 @@ def _restore_layer(layer: TwilightLayer, own: dict[str, Tensor]) -> None:
         (own[f"{kind}.codes"], own.get(f"{kind}.lo", nothing), own.get(f"{kind}.step", nothing))
         for kind in ("keys", "values")
     )
-    store.keys, store.values = KeyPages(store.key_codec, *keys), ValuePages(store.value_codec, *values)
+    key_codec, value_codec = store.key_codec, store.value_codec
+    store.keys = SkvqPages(key_codec, *keys) if isinstance(key_codec, SkvqCodec) else KeyPages(key_codec, *keys)
+    if isinstance(value_codec, SkvqCodec):
+        store.values = SkvqPages(value_codec, *values)
+    else:
+        store.values = ValuePages(value_codec, *values)
     stored_keys, stored_values = own["plain.keys"], own["plain.values"]
     layout, columns = layer.sequences.layout, stored_values.shape[2]
     room = max(columns, layout.num_sinks + layout.window + layout.page_size)

@@ -19,6 +19,7 @@ CHANGED: dict[str, Any] = {
     "dense_layers": (3,), "min_sparse_len": 5,
     "alpha": 0.9, "prefill_window": 64, "prefill_samples": 32, "min_prefill_len": 512,
     "layers": {2: LayerSettings(4, 3, 1.0)}, "calibrated_for": {"model_type": "llama"},
+    "skvq_tables": "/nowhere/skvq.safetensors",
 }  # fmt: skip
 
 
@@ -80,6 +81,7 @@ def test_unknown_preset_names_the_nearest() -> None:
         *[("selector", v) for v in ("best", "", None, 3)],
         *[("layers", v) for v in ([4], None, {-1: {}}, {"x": {}}, {1.5: {}}, {True: {}}, {0: {"bits": 4}}, {0: 4})],
         ("calibrated_for", "llama"),
+        ("skvq_tables", 3),
     ],
 )
 def test_values_outside_their_range_are_refused_by_name(name: str, value: Any) -> None:
