@@ -19,7 +19,7 @@ from twilight_kernels import KeyCodec, ValueCodec
 from .attention import ATTENTION_NAME, Handle, pin
 from .config import TwilightConfig, as_config
 from .prefill import SparsePrefill
-from .signature import difference
+from .signature import require_fit
 from .skvq_tables import read_tables
 
 if TYPE_CHECKING:
@@ -286,7 +286,7 @@ class TwilightCache(DynamicCache):
         decoder = config.get_text_config(decoder=True)
         super().__init__(config=decoder)
         self.settings = as_config(settings if preset is None else preset, **changes)
-        _check_model(self.settings, decoder, len(self.layers))
+        require_fit(self.settings, decoder, len(self.layers))
         self.model_config = decoder
         self.token_ids: Tensor | None = None  # what the cache was saved with
         self.sequences = SequenceBatch(self.settings.layout, PagePool(max_pages))
@@ -462,14 +462,6 @@ class TwilightCache(DynamicCache):
 
     def _stock_layers(self) -> list[Any]:
         return [layer for layer in self.layers if not isinstance(layer, TwilightLayer)]
-
-
-def _check_model(settings: TwilightConfig, config: PreTrainedConfig, num_layers: int) -> None:
-    """Raise ValueError if the settings were made for another model."""
-    if settings.calibrated_for is not None and (told := difference(settings.calibrated_for, config)):
-        raise ValueError(f"these settings were calibrated for another model: {told}; calibrate this model")
-    if settings.layers and max(settings.layers) >= num_layers:
-        raise ValueError(f"layers must be below the model's {num_layers}, got {max(settings.layers)}")
 
 
 def _reason(layer: Any) -> str:

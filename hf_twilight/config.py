@@ -59,12 +59,9 @@ class TwilightConfig:
         prefill_window: keys before a strip of 256 query rows that prefill attends to in any case.
         prefill_samples: rows of a strip whose attention is computed to choose its keys, 16 or 32.
         min_prefill_len: keys below which prefill attends to everything.
-        layers: bits and clip of single layers, where they differ: an index to ``LayerSettings``, or to a dict of
-            some of its fields.
-        calibrated_for: signature of the model that ``calibrate`` chose these settings for; a cache for another
-            model refuses them. None fits every model.
-        skvq_tables: file that ``calibrate_skvq`` wrote: every layer is packed by SKVQ with the levels, clips and
-            groups of that file, and bits, clip, groups and sparsity above do not apply. None packs pages per channel.
+        layers: bits and clip of single layers, where they differ: an index to ``LayerSettings``, or to some fields.
+        calibrated_for: signature of the only model that these settings are for; None fits every model.
+        skvq_tables: file of ``calibrate_skvq``, by which SKVQ packs every layer; bits, clip and ``p`` do not apply.
     Raises:
         ValueError: a value outside its range.
     """
@@ -93,12 +90,12 @@ class TwilightConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         _ = self.key_codec, self.value_codec  # check their ranges
-        rest = LayerSettings(self.key_bits, self.value_bits, self.key_clip)
-        object.__setattr__(self, "layers", parse_layers(self.layers, rest))
+        usual = LayerSettings(self.key_bits, self.value_bits, self.key_clip)
+        object.__setattr__(self, "layers", parse_layers(self.layers, usual))
         if self.calibrated_for is not None and not isinstance(self.calibrated_for, Mapping):
             raise ValueError(f"calibrated_for must be a model's signature or None, got {self.calibrated_for!r}")
         if self.skvq_tables is not None and not isinstance(self.skvq_tables, str):
-            raise ValueError(f"skvq_tables must be the path of a file or None, got {self.skvq_tables!r}")
+            raise ValueError(f"skvq_tables must be a file's path or None, got {self.skvq_tables!r}")
         _require_share("p", self.p, "keep everything")
         _require_share("alpha", self.alpha, "attend to everything in prefill")
         for name, least in (("num_sinks", 0), ("window", 1), ("min_keep", 0)):
@@ -131,13 +128,9 @@ class TwilightConfig:
 
     def codecs(self, layer_idx: int) -> tuple[KeyCodec, ValueCodec]:
         """Return how keys and values of layer ``layer_idx`` are packed."""
-        own = self.layers.get(layer_idx)
-        if own is None:
-            return self.key_codec, self.value_codec
-        return (
-            replace(self.key_codec, bits=own.key_bits, clip=own.key_clip),
-            replace(self.value_codec, bits=own.value_bits),
-        )
+        own = self.layers.get(layer_idx) or LayerSettings(self.key_bits, self.value_bits, self.key_clip)
+        value_codec = ValueCodec(own.value_bits, self.page_size, self.group_size)
+        return KeyCodec(own.key_bits, self.page_size, own.key_clip), value_codec
 
     @property
     def stripe_plan(self) -> StripePlan:
@@ -242,11 +235,12 @@ class TwilightConfig:
                 "write it again with save_pretrained"
             )
         config = TwilightConfig.from_dict(settings)
-        if config.skvq_tables is None or Path(config.skvq_tables).is_absolute():
+        tables = config.skvq_tables
+        if tables is None or Path(tables).is_absolute():
             return config
-        if is_local:
-            return replace(config, skvq_tables=str(path.parent.absolute() / config.skvq_tables))
-        return replace(config, skvq_tables=hf_hub_download(os.fspath(name), config.skvq_tables, **hub_options))
+        if not is_local:
+            hf_hub_download(os.fspath(name), tables, **hub_options)  # comes to lie beside the settings
+        return replace(config, skvq_tables=str(path.parent.absolute() / tables))
 
 
 def as_config(settings: TwilightConfig | dict[str, Any] | str | None, **changes: Any) -> TwilightConfig:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
+
+if TYPE_CHECKING:
+    from .config import TwilightConfig
 
 _NAMES = (
     "model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size",
@@ -26,3 +29,11 @@ def difference(stored: Mapping[str, Any], config: PreTrainedConfig) -> str:
     return ", ".join(
         f"{name} {fact} (this model: {given.get(name)})" for name, fact in stored.items() if fact != given.get(name)
     )
+
+
+def require_fit(settings: TwilightConfig, config: PreTrainedConfig, num_layers: int) -> None:
+    """Raise ValueError if the settings were made for another model."""
+    if settings.calibrated_for is not None and (told := difference(settings.calibrated_for, config)):
+        raise ValueError(f"these settings were calibrated for another model: {told}; calibrate this model")
+    if settings.layers and max(settings.layers) >= num_layers:
+        raise ValueError(f"layers must be below the model's {num_layers}, got {max(settings.layers)}")

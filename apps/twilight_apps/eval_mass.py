@@ -77,9 +77,7 @@ def run(
                 for index, record in recorded.items():
                     policy = replace(config, p=p).policy(index)
                     if policy.p < 1.0:
-                        store = LayerStore(
-                            SequenceBatch(config.layout, PagePool()), config.key_codec, config.value_codec, policy
-                        )
+                        store = LayerStore(SequenceBatch(config.layout, PagePool()), *config.codecs(index), policy)
                         found[index] = weigh(store, record)
                     bar.advance(bar.task_ids[0])
                 records.append({"setting": name, "p": p, **_summary(p, list(found.values()))})

@@ -147,7 +147,7 @@ class LayerStore:
     def observe(self, queries: Tensor, scaling: float) -> None:
         """Show the selector the queries ``[B, H, T, D]`` of a forward of several tokens, which are stored already."""
         selector, sequences = self.policy.selector, self.sequences
-        if not isinstance(selector, Observer) or not sequences.pages.any():
+        if not isinstance(selector, Observer) or not self.has_kernels or not sequences.pages.any():
             return
         last = min(NUM_QUERIES, sequences.layout.window, queries.shape[2])
         most, device = int(sequences.pages.max()), queries.device
@@ -167,7 +167,7 @@ class LayerStore:
         self.coverage = self.coverage + torch.where(is_dense[:, None], 1.0, known)
 
     def _view(self, block_table: Tensor, num_pages: Tensor, plain_len: Tensor, scaling: float) -> LayerView:
-        assert self.keys is not None and self.plain is not None
+        assert isinstance(self.keys, KeyPages) and self.plain is not None
         return LayerView(self.keys, block_table, num_pages, self.plain.keys, plain_len, scaling, self.selector_state)
 
     def flush(self, flushes: Sequence[Flush]) -> None:

@@ -171,7 +171,8 @@ def pack_base3(codes: Tensor) -> Tensor:
     count = -(-codes.shape[-1] // DIGITS)
     padded = torch.nn.functional.pad(codes, (0, count * DIGITS - codes.shape[-1]))
     weight = torch.tensor([3**i for i in range(DIGITS)], device=codes.device).view(-1, 1)
-    return (padded.unflatten(-1, (DIGITS, count)) * weight).sum(-2).to(torch.uint8)
+    packed: Tensor = (padded.unflatten(-1, (DIGITS, count)) * weight).sum(-2).to(torch.uint8)
+    return packed
 
 
 def unpack_base3(packed: Tensor, count: int) -> Tensor:
