@@ -210,9 +210,7 @@ def plain_slot(page: TreePage) -> int:
     return -1 if page.plain is None else page.plain
 
 
-def layer_codecs(
-    settings: TwilightConfig, shapes: Sequence[LayerShape], layer: int
-) -> tuple[KeyCodec, ValueCodec]:
+def layer_codecs(settings: TwilightConfig, shapes: Sequence[LayerShape], layer: int) -> tuple[KeyCodec, ValueCodec]:
     """The codecs of a layer; raw ones where some layer's heads do not pack into whole bytes."""
     key_codec, value_codec = settings.codecs(layer)
     if any(shape.key_dim % 8 for shape in shapes):
