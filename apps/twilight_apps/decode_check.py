@@ -123,8 +123,8 @@ class _Head:
 
 
 def _one_head(store: LayerStore, k: int, query: Tensor) -> _Head:
-    assert store.keys is not None
-    assert store.values is not None
+    assert isinstance(store.keys, KeyPages)
+    assert isinstance(store.values, ValuePages)
     assert store.plain is not None
 
     def narrow(x: Tensor) -> Tensor:

@@ -14,10 +14,11 @@ from twilight_cache import PagePool, PrefixTree
 from twilight_kernels import release_threads
 
 from ..config import TwilightConfig, as_config
+from ..signature import require_fit
 from .eligibility import attention_switched, check_model, context_of, end_tokens, layer_shapes, probe, vocab_size
 from .handle import Completion, RequestHandle
 from .plan import ScheduledRequest
-from .runner import Runner, codecs
+from .runner import Runner, layer_codecs
 from .sampling import SamplingParams
 from .scheduler import Scheduler
 from .stats import EngineStats, collect_stats
@@ -77,6 +78,10 @@ class Engine:
         _require_whole("max_waiting", max_waiting, 0)
         _require_whole("seed", seed, 0)
         self.settings = as_config(settings)
+        decoder = model.config.get_text_config(decoder=True)
+        require_fit(self.settings, decoder, decoder.num_hidden_layers)
+        if self.settings.skvq_tables is not None:
+            raise ValueError("the engine decodes from pages: skvq_tables must be None; use generate for SKVQ")
         if self.settings.selector != "full":
             raise ValueError(
                 f"the engine scores every packed token: selector must be 'full', got {self.settings.selector!r}; "
@@ -259,7 +264,10 @@ def _build(
     size = layout.page_size
     cache_pages = -(-max_cache_tokens // size)
     shapes = layer_shapes(model)
-    is_raw = all(codec.is_raw for codec in codecs(settings, shapes))
+    pairs = [layer_codecs(settings, shapes, layer) for layer in range(len(shapes))]
+    is_raw = all(codec.is_raw for codec in pairs[0])
+    if any(all(codec.is_raw for codec in pair) != is_raw for pair in pairs):
+        raise ValueError("layers must be raw (16 bits) all or none in the engine, got a mixture; change their bits")
     if is_raw:
         plain, packed = cache_pages + max_running, 0  # and one of sinks for each request
         tree = PrefixTree(layout, PagePool(plain), None)

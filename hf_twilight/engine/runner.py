@@ -94,7 +94,7 @@ class Runner:
         self.traffic = Traffic()
         self.stores = [
             PagedStore(
-                *codecs(settings, shapes), settings.policy(layer), num_sinks=settings.num_sinks,
+                *layer_codecs(settings, shapes, layer), settings.policy(layer), num_sinks=settings.num_sinks,
                 plain_pages=plain_pages, packed_pages=packed_pages, kv_heads=shape.kv_heads, key_dim=shape.key_dim,
                 value_dim=shape.value_dim, dtype=model.dtype, device=self.device,
             )
@@ -210,9 +210,9 @@ def plain_slot(page: TreePage) -> int:
     return -1 if page.plain is None else page.plain
 
 
-def codecs(settings: TwilightConfig, shapes: Sequence[LayerShape]) -> tuple[KeyCodec, ValueCodec]:
-    """The codecs of all layers; raw ones where some layer's heads do not pack into whole bytes."""
-    key_codec, value_codec = settings.key_codec, settings.value_codec
+def layer_codecs(settings: TwilightConfig, shapes: Sequence[LayerShape], layer: int) -> tuple[KeyCodec, ValueCodec]:
+    """The codecs of a layer; raw ones where some layer's heads do not pack into whole bytes."""
+    key_codec, value_codec = settings.codecs(layer)
     if any(shape.key_dim % 8 for shape in shapes):
         key_codec = KeyCodec(16, settings.page_size)
     if any(shape.value_dim % 8 for shape in shapes):

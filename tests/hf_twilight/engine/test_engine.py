@@ -272,3 +272,19 @@ def test_soak_leaks_no_page_and_answers_right(make_engine: Callable[..., Engine]
     assert not engine._worker.live and not engine._worker.by_schedule
     engine._scheduler.tree.clear()
     assert engine.stats().pages_used == engine.stats().plain_pages_used == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"skvq_tables": "/nowhere"}, "skvq_tables must be None; use generate for SKVQ"),
+        ({"layers": {0: {"key_bits": 16, "value_bits": 16}}}, r"layers must be raw \(16 bits\) all or none"),
+        ({"layers": {2: {"key_bits": 8}}}, "layers must be below the model's 2, got 2"),
+        ({"calibrated_for": {"vocab_size": 5}}, "calibrated for another model"),
+    ],
+)
+def test_settings_that_the_engine_cannot_serve_are_refused(
+    settings: dict[str, Any], words: str, make_engine: Callable[..., Engine]
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        make_engine(settings=settings)
