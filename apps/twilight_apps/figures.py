@@ -47,6 +47,7 @@ def with_figures(text: str, folder: Path) -> str:
 def render(folder: Path) -> str:
     """Return the tables as Markdown."""
     parts = [_generate(_read(path)) for path in sorted(folder.glob("bench-generate*.json"))]
+    parts += [_prefill(_read(path)) for path in sorted(folder.glob("bench-prefill*.json"))]
     parts += [_decode(_read(path)) for path in sorted(folder.glob("bench-decode*.json"))]
     return "\n\n".join(parts)
 
@@ -76,6 +77,26 @@ def _generate(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _prefill(result: dict[str, Any]) -> str:
+    lines = [
+        f"Time to the first token, {result['model']}, {_machine(result)}; both caches take turns, and the attention of "
+        "single layers on the model's own queries, keys and values (`hf-twilight bench prefill`):",
+        "",
+        "| dtype | tokens | stock, s | twilight, s | faster | pairs computed | layers alone: x sdpa | their error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for run in result["results"]:
+        layers, times = run.get("layers", []), run.get("ttft_ms")
+        whole = ["", "", "", ""]
+        if times is not None:
+            seconds = [f"{times[name]['median'] / 1e3:.2f}" for name in ("stock", "twilight")]
+            whole = [*seconds, f"{run['ttft_speedup']:.2f}x", f"{run['density']:.0%}"]
+        alone = [_range([row[name] for row in layers], digits) for name, digits in (("speedup", 1), ("error", 3))]
+        cells = [run["dtype"], f"{run['context']:,}", *whole, *alone]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _decode(result: dict[str, Any]) -> str:
     shape = result["shape"]
     lines = [
@@ -96,6 +117,10 @@ def _decode(result: dict[str, Any]) -> str:
                 f"{kept} | {mass} |"
             )
     return "\n".join(lines)
+
+
+def _range(numbers: list[float], digits: int) -> str:
+    return f"{min(numbers):.{digits}f} to {max(numbers):.{digits}f}" if numbers else ""
 
 
 def _machine(result: dict[str, Any]) -> str:
