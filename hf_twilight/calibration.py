@@ -114,7 +114,7 @@ def calibrate(
         if max_drift is not None:
             settings, tried = decode.smallest_p(settings, max_drift)
     report |= {
-        "preset": preset if isinstance(preset, str) else None, "ratio": ratio, "expected_drift": expected,
+        "ratio": ratio, "expected_drift": expected,
         "kept_shares": {str(layer): round(share, 4) for layer, share in shares.items()},
         "drift_of_p": tried, "seed": seed,
     }  # fmt: skip

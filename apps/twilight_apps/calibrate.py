@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_twilight import calibrate, calibrate_skvq
+from hf_twilight.calibration import RATIOS
 
 from . import models, tables
 
@@ -17,6 +18,7 @@ def run(
     folder: Path,
     *,
     preset: str,
+    changes: list[str],
     ratio: float | None,
     max_drift: float | None,
     sample_len: int,
@@ -28,10 +30,12 @@ def run(
     Raises:
         ValueError: as ``hf_twilight.calibrate``; a text that is no UTF-8.
     """
+    settings = models.parse_settings(preset, changes)
     model, tokenizer = models.load(name, dtype), models.load_tokenizer(name)
     with tables.progress("measuring layers", total=1) as bar:
         found = calibrate(
-            model, tokenizer, [path.read_text(encoding="utf-8") for path in texts], preset=preset, ratio=ratio,
+            model, tokenizer, [path.read_text(encoding="utf-8") for path in texts], preset=settings,
+            ratio=RATIOS.get(preset) if ratio is None else ratio,
             max_drift=max_drift, sample_len=sample_len, samples=samples, seed=seed, folder=folder,
             on_progress=lambda done, total: bar.update(bar.task_ids[0], completed=done, total=total),
         )  # fmt: skip

@@ -132,6 +132,7 @@ def calibrate(
     preset: Annotated[str, typer.Option(help="Where other settings come from: quality, balanced or compact.")] = (
         "balanced"
     ),
+    changes: options.Set = options.NO_CHANGES,
     codec: Annotated[
         str, typer.Option(help="channel: bits of each layer. skvq: the paper's reorder and clips, to compare with.")
     ] = "channel",
@@ -163,13 +164,13 @@ def calibrate(
         from .calibrate import run, run_skvq
 
         if codec == "skvq":
-            if (preset, ratio, max_drift, samples) != ("balanced", None, None, 1):
-                raise ValueError("--preset, --ratio, --max-drift and --samples must be left out with --codec skvq")
+            if (preset, changes, ratio, max_drift, samples) != ("balanced", [], None, None, 1):
+                raise ValueError("only --sample-len and --seed may be given with --codec skvq, got another setting")
             result = run_skvq(model, dtype, text, out, sample_len=sample_len, seed=seed)
         elif codec == "channel":
             result = run(
-                model, dtype, text, out, preset=preset, ratio=ratio, max_drift=max_drift, sample_len=sample_len,
-                samples=samples, seed=seed,
+                model, dtype, text, out, preset=preset, changes=changes, ratio=ratio, max_drift=max_drift,
+                sample_len=sample_len, samples=samples, seed=seed,
             )  # fmt: skip
         else:
             raise ValueError(f"codec must be channel or skvq, got {codec!r}")

@@ -29,5 +29,5 @@ def test_calibrate_refuses_a_missing_text(cli: Any, tiny_model: str, tmp_path: P
 def test_calibrate_refuses_what_skvq_has_no_use_for(cli: Any, tiny_model: str, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("some text")
     command = ("calibrate", "--model", tiny_model, "--text", tmp_path / "text.txt", "--out", tmp_path)
-    assert "must be left out with --codec skvq" in cli(*command, "--codec", "skvq", "--ratio", 4).stderr
+    assert "may be given with --codec skvq" in cli(*command, "--codec", "skvq", "--ratio", 4).stderr
     assert "codec must be channel or skvq, got 'kivi'" in cli(*command, "--codec", "kivi").stderr
