@@ -104,8 +104,6 @@ class Engine:
                     model, self.settings, max_running, max_cache_tokens, prefill_tokens
                 )
                 probe(model, self._runner)
-            if model.device.type == "cpu":
-                release_threads()  # from here on the worker computes
         except BaseException:
             attention.__exit__(None, None, None)
             raise
@@ -155,6 +153,8 @@ class Engine:
                 f"{max_tokens}; raise max_cache_tokens or ask for fewer"
             )
         worker = self._worker
+        if self.model.device.type == "cpu" and not worker.live:
+            release_threads()  # from here on the worker computes, whatever this thread did before
         with worker.condition:
             self._require_alive()
             waiting = worker.num_waiting

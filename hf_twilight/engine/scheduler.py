@@ -103,13 +103,16 @@ class Scheduler:
         counters.peak_pages = max(counters.peak_pages, held.num_used)
 
     def rollback(self, plan: StepPlan) -> None:
-        """Undo a step that failed: its requests wait again, to be run one at a time."""
+        """Undo a step that failed: all wait again, and its requests are run one at a time first.
+
+        The others give their pages back too, so that whoever runs alone finds room in any case.
+        """
         for page in plan.sources:
             self.tree.drop_plain(page)
-        for segment in plan.segments:
-            self._give_back(segment.request)
-            self.running.remove(segment.request)
-            self.waiting.append(segment.request)
+        for request in self.running:
+            self._give_back(request)
+        self.waiting += self.running
+        self.running = []
         for page in plan.fresh:
             if page.serial in self.tree.pages:
                 self.tree.remove(page)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from twilight_kernels import PlainTokens, ValueCodec, ValuePages, _reference, decode_attention
+from twilight_kernels import PlainTokens, ValueCodec, ValuePages, _reference, decode_attention, release_threads
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 COLUMNS = ("key_bits", "value_bits", "page_size", "q_per_kv", "key_dim", "value_dim", "group_size", "dtype")
@@ -417,3 +417,12 @@ def test_plain_pages_of_the_wrong_form_are_refused(make_scene: Callable[..., Any
     wide = PlainTokens.empty(2, 2, 64, 64, 128, query.dtype, query.device)
     with pytest.raises(ValueError, match="plain pages must hold 64 tokens"):
         decode_attention(query, keys, values, wide, **step, plain_table=table)
+
+
+def test_threads_that_were_given_back_start_again(make_scene: Callable[..., Any]) -> None:
+    torch.set_num_threads(2)
+    scene = make_scene(pages=_pages(), plain=PLAIN, key_bits=3, value_bits=3, group_size=64)
+    before, _ = _decode(decode_attention, scene)
+    release_threads()
+    release_threads()
+    assert torch.equal(_decode(decode_attention, scene)[0], before)
