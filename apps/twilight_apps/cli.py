@@ -26,9 +26,9 @@ app = typer.Typer(
     "Start with [bold]hf-twilight generate[/bold]: it needs no arguments and no network.",
 )
 app.add_typer(bench, name="bench")
-app.add_typer(evaluation, name="eval")
 app.command()(serve)
 app.command()(chat)
+app.add_typer(evaluation, name="eval")
 
 
 def main() -> None:
