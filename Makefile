@@ -48,7 +48,7 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: constraints.txt pyproject.toml
-	$(call install,$(VENV),constraints.txt,smollm2$(comma)serve$(comma)eval$(comma)dev)
+	$(call install,$(VENV),constraints.txt,smollm2$(comma)eval$(comma)serve$(comma)dev)
 
 $(VENV_OLDEST)/.installed: constraints-oldest.txt pyproject.toml
 	$(call install,$(VENV_OLDEST),constraints-oldest.txt,smollm2$(comma)serve$(comma)dev)

@@ -13,14 +13,22 @@ from .import_hooks import on_import
 
 if TYPE_CHECKING:
     from .cache import TwilightCache
+    from .calibration import Calibration, calibrate
     from .config import PRESETS, TwilightConfig
     from .embedded import load_model, load_tokenizer
+    from .engine import Engine, SamplingParams
     from .generation import disable, enable, patch, twilight, unpatch
+    from .skvq_calibration import calibrate_skvq
 
 _HOMES = {
+    "Calibration": "calibration",
+    "Engine": "engine",
     "PRESETS": "config",
+    "SamplingParams": "engine",
     "TwilightCache": "cache",
     "TwilightConfig": "config",
+    "calibrate": "calibration",
+    "calibrate_skvq": "skvq_calibration",
     "disable": "generation",
     "enable": "generation",
     "load_model": "embedded",
@@ -32,8 +40,13 @@ _HOMES = {
 
 __all__ = [
     "PRESETS",
+    "Calibration",
+    "Engine",
+    "SamplingParams",
     "TwilightCache",
     "TwilightConfig",
+    "calibrate",
+    "calibrate_skvq",
     "disable",
     "enable",
     "load_model",

@@ -91,6 +91,8 @@ def twilight_attention(
     """
     forward = kwargs.get(STEP_ARGUMENT)
     if forward is not None:
+        if _needs_eager(kwargs):
+            raise ValueError("its attention has soft caps, sinks or biases of its own")
         factor = query.shape[-1] ** -0.5 if scaling is None else scaling
         return forward.attend(module.layer_idx, query, key, value, factor), None
     handle: Handle | None = getattr(key, _HANDLE, None)
@@ -111,6 +113,7 @@ def twilight_attention(
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         out = layer.prefill.attend(query, key, value, scaling, padding)
         layer.commit(padding)
+        layer.observe(query, scaling)
         return out.transpose(1, 2), None
     layer.commit(padding)
     if query.shape[2] > 1:

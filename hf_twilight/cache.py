@@ -19,6 +19,8 @@ from twilight_kernels import KeyCodec, ValueCodec
 from .attention import ATTENTION_NAME, Handle, pin
 from .config import TwilightConfig, as_config
 from .prefill import SparsePrefill
+from .signature import require_fit
+from .skvq_tables import read_tables
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,14 +75,19 @@ class TwilightLayer(CacheLayerMixin):
             key_states.shape[-1],
             value_states.shape[-1],
         )
-        key_codec, value_codec = self.settings.key_codec, self.settings.value_codec
+        key_codec, value_codec = wanted = self.settings.codecs(self.layer_idx)
         if self.key_dim % 8:
             key_codec = KeyCodec(16, key_codec.page_size)
         if self.value_dim % 8:
             value_codec = ValueCodec(16, value_codec.page_size)
-        if (key_codec, value_codec) != (self.settings.key_codec, self.settings.value_codec):
+        if (key_codec, value_codec) != wanted:
             logger.info("layer %d keeps raw pages: head_dim %d does not pack", self.layer_idx, self.key_dim)
-        self.store = LayerStore(self.sequences, key_codec, value_codec, self.settings.policy(self.layer_idx))
+        policy, tables = self.settings.policy(self.layer_idx), self.settings.skvq_tables
+        if tables is None:
+            self.store = LayerStore(self.sequences, key_codec, value_codec, policy)
+        else:
+            by_skvq = read_tables(tables, self.layer_idx, self.settings.page_size)
+            self.store = LayerStore(self.sequences, *by_skvq, policy)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -111,7 +118,7 @@ class TwilightLayer(CacheLayerMixin):
         """Whether one query token a row, in rows padded like this, can be answered from pages."""
         if self._pending is None or self.settings.is_exact or self.dtype not in _KERNEL_DTYPES:
             return False
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" or self.store is None or not self.store.has_kernels:
             return False
         start = self._pending[2]
         return self.sequences.accepts_padding(padding, start) and max(padding) <= start
@@ -231,8 +238,9 @@ class TwilightLayer(CacheLayerMixin):
                 "rows with batch_select_indices or batch_repeat_interleave"
             )
         if keys.shape[2] > 1:  # a single token is looked at when its page is packed
-            self._check_range("keys", keys, self.settings.key_codec)
-            self._check_range("values", values, self.settings.value_codec)
+            key_codec, value_codec = self.settings.codecs(self.layer_idx)
+            self._check_range("keys", keys, key_codec)
+            self._check_range("values", values, value_codec)
 
     def _check_range(self, name: str, tensor: Tensor, codec: KeyCodec | ValueCodec) -> None:
         largest = 0.0 if codec.is_raw else tensor.detach().abs().max().item()
@@ -278,6 +286,7 @@ class TwilightCache(DynamicCache):
         decoder = config.get_text_config(decoder=True)
         super().__init__(config=decoder)
         self.settings = as_config(settings if preset is None else preset, **changes)
+        require_fit(self.settings, decoder, len(self.layers))
         self.model_config = decoder
         self.token_ids: Tensor | None = None  # what the cache was saved with
         self.sequences = SequenceBatch(self.settings.layout, PagePool(max_pages))
@@ -285,7 +294,8 @@ class TwilightCache(DynamicCache):
         for index, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
                 self.layers[index] = TwilightLayer(index, self.sequences, self.settings, decoder)
-        reasons = "".join(f"; {count} {reason}" for reason, count in stock.items())
+        reasons = f"; {len(self.settings.layers)} layers differ" if self.settings.layers else ""
+        reasons += "".join(f"; {count} {reason}" for reason, count in stock.items())
         logger.info(
             "twilight: %d of %d layers packed (%d-bit keys, %d-bit values)%s",
             len(self.twilight_layers), len(self.layers), self.settings.key_bits, self.settings.value_bits, reasons,
@@ -394,7 +404,7 @@ class TwilightCache(DynamicCache):
             every token is a candidate; the selector's own estimate for ``tactic``, ``double_sparse`` and ``quest``
             without a budget; None for selectors that do not know, and then nothing is known of the whole mass).
             The share of the whole mass attended is ``coverage * mass``. ``bytes_read`` is what one step of one row
-            reads from pages.
+            reads from pages to score and attend; what the selector reads to choose is not in it.
         """
         found = []
         for layer in self.twilight_layers:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from twilight_cache import (
     check_budget,
 )
 from twilight_kernels import KeyCodec, StripePlan, ValueCodec
+
+from .layer_settings import LayerSettings, parse_layers
 
 CONFIG_NAME = "twilight_config.json"
 FORMAT_VERSION = 1
@@ -56,6 +59,9 @@ class TwilightConfig:
         prefill_window: keys before a strip of 256 query rows that prefill attends to in any case.
         prefill_samples: rows of a strip whose attention is computed to choose its keys, 16 or 32.
         min_prefill_len: keys below which prefill attends to everything.
+        layers: bits and clip of single layers, where they differ: an index to ``LayerSettings``, or to some fields.
+        calibrated_for: signature of the only model that these settings are for; None fits every model.
+        skvq_tables: file of ``calibrate_skvq``, by which SKVQ packs every layer; bits, clip and ``p`` do not apply.
     Raises:
         ValueError: a value outside its range.
     """
@@ -77,10 +83,19 @@ class TwilightConfig:
     prefill_window: int = 128
     prefill_samples: int = 16
     min_prefill_len: int = 4096
+    layers: Mapping[int, LayerSettings] = field(default_factory=dict, hash=False)
+    calibrated_for: Mapping[str, Any] | None = field(default=None, hash=False)
+    skvq_tables: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         _ = self.key_codec, self.value_codec  # check their ranges
+        usual = LayerSettings(self.key_bits, self.value_bits, self.key_clip)
+        object.__setattr__(self, "layers", parse_layers(self.layers, usual))
+        if self.calibrated_for is not None and not isinstance(self.calibrated_for, Mapping):
+            raise ValueError(f"calibrated_for must be a model's signature or None, got {self.calibrated_for!r}")
+        if self.skvq_tables is not None and not isinstance(self.skvq_tables, str):
+            raise ValueError(f"skvq_tables must be a file's path or None, got {self.skvq_tables!r}")
         _require_share("p", self.p, "keep everything")
         _require_share("alpha", self.alpha, "attend to everything in prefill")
         for name, least in (("num_sinks", 0), ("window", 1), ("min_keep", 0)):
@@ -111,6 +126,12 @@ class TwilightConfig:
     def value_codec(self) -> ValueCodec:
         return ValueCodec(self.value_bits, self.page_size, self.group_size)
 
+    def codecs(self, layer_idx: int) -> tuple[KeyCodec, ValueCodec]:
+        """Return how keys and values of layer ``layer_idx`` are packed."""
+        own = self.layers.get(layer_idx) or LayerSettings(self.key_bits, self.value_bits, self.key_clip)
+        value_codec = ValueCodec(own.value_bits, self.page_size, self.group_size)
+        return KeyCodec(own.key_bits, self.page_size, own.key_clip), value_codec
+
     @property
     def stripe_plan(self) -> StripePlan:
         floor = max(0.0, 1.0 - 1.6 * (1.0 - self.alpha))  # what 95 % of the sampled rows keep: 0.92 at 0.95
@@ -123,7 +144,9 @@ class TwilightConfig:
     @property
     def is_exact(self) -> bool:
         """Whether nothing is rounded and nothing left out: attention is then the stock function."""
-        return self.p == 1.0 and self.key_codec.is_raw and self.value_codec.is_raw and self.selector == "full"
+        codecs = [self.key_codec, self.value_codec, *(codec for layer in self.layers for codec in self.codecs(layer))]
+        is_raw = self.skvq_tables is None and all(codec.is_raw for codec in codecs)
+        return self.p == 1.0 and is_raw and self.selector == "full"
 
     def policy(self, layer_idx: int) -> DecodePolicy:
         """Return how layer ``layer_idx`` decodes."""
@@ -192,14 +215,15 @@ class TwilightConfig:
             FileNotFoundError: a folder without the file.
             ValueError: the file is not valid JSON, or holds unknown settings.
         """
+        from huggingface_hub import hf_hub_download
+
         path = Path(name) / CONFIG_NAME
-        if not path.is_file():
+        is_local = path.is_file()
+        if not is_local:
             if Path(name).exists():
                 raise FileNotFoundError(
                     f"{name} must hold {CONFIG_NAME}, got a folder without it; write it with save_pretrained"
                 )
-            from huggingface_hub import hf_hub_download
-
             path = Path(hf_hub_download(os.fspath(name), CONFIG_NAME, **hub_options))
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
@@ -210,18 +234,29 @@ class TwilightConfig:
                 f"{path} must be JSON with one object of settings, got {settings!r}; "
                 "write it again with save_pretrained"
             )
-        return TwilightConfig.from_dict(settings)
+        config = TwilightConfig.from_dict(settings)
+        tables = config.skvq_tables
+        if tables is None or Path(tables).is_absolute():
+            return config
+        if not is_local:
+            hf_hub_download(os.fspath(name), tables, **hub_options)  # comes to lie beside the settings
+        return replace(config, skvq_tables=str(path.parent.absolute() / tables))
 
 
 def as_config(settings: TwilightConfig | dict[str, Any] | str | None, **changes: Any) -> TwilightConfig:
-    """Return a config from a config, a dict, a preset's name or None (``balanced``), with ``changes``.
+    """Return a config from a config, a dict, a name or None (``balanced``), with ``changes``.
+
+    A name is a preset's, or a folder that holds ``twilight_config.json``, as ``calibrate`` writes it.
 
     Raises:
+        FileNotFoundError: a folder without the file.
         TypeError: another type.
         ValueError: unknown names or values outside their ranges.
     """
     if settings is None:
         settings = "balanced"
+    if isinstance(settings, str) and settings not in PRESETS and Path(settings).is_dir():
+        settings = TwilightConfig.from_pretrained(settings)
     if isinstance(settings, str):
         return TwilightConfig.preset(settings, **changes)
     if isinstance(settings, dict):

@@ -64,13 +64,13 @@ class SparsePrefill:
         """What prefill attended to, None if nothing was sparse.
 
         Returns:
-            ``density``, share of the causal query-key pairs that were computed; per KV head ``stripes``, mean number
+            Per KV head: ``density``, share of the causal query-key pairs that were computed; ``stripes``, mean number
             of keys chosen for a strip; ``mass`` and ``mass_q05``, what the sampled rows keep by columns that other
             rows chose: mean over strips, and mean over strips of the 5 % quantile of rows.
         """
         if not self._reports:
             return None
-        done, pairs = 0.0, 0
+        done, pairs = torch.zeros(self._reports[0].found.shape[1]), 0
         strips: list[Tensor] = []  # [K, 4]
         for report in self._reports:
             for b, pad in enumerate(report.padding):
@@ -81,11 +81,11 @@ class SparsePrefill:
                     always = min(self.plan.num_sinks, slab) + position - slab
                     triangle = own * (own + 1) // 2
                     strips.append(report.found[b, :, n])
-                    done += own * (always + float(strips[-1][:, 0].mean())) + triangle
+                    done += own * (always + strips[-1][:, 0]) + triangle
                     pairs += own * position + triangle
         mean = torch.stack(strips).mean(0)
         return {
-            "density": done / pairs,
+            "density": (done / pairs).tolist(),
             "stripes": mean[:, 0].tolist(),
             "mass": mean[:, 2].tolist(),
             "mass_q05": mean[:, 3].tolist(),

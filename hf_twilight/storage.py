@@ -21,18 +21,15 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from twilight_kernels import KeyPages, PlainTokens, ValuePages
+from twilight_kernels.skvq import SkvqCodec, SkvqPages
 
 from .config import TwilightConfig
+from .signature import difference, signature
 
 if TYPE_CHECKING:
     from .cache import TwilightCache, TwilightLayer
 
 FILE_VERSION = 1
-# what two configs must share for one's keys and values to mean the same to the other
-_SIGNATURE = (
-    "model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size",
-    "vocab_size", "rope_parameters", "layer_types", "sliding_window",
-)  # fmt: skip
 
 
 def save_cache(cache: TwilightCache, path: str | Path, *, tokens: Tensor | None = None) -> None:
@@ -71,7 +68,7 @@ def save_cache(cache: TwilightCache, path: str | Path, *, tokens: Tensor | None 
         "file_version": FILE_VERSION,
         "tokens": sequences.tokens,
         "settings": cache.settings.to_dict(),
-        "signature": _signature(cache.model_config),
+        "signature": signature(cache.model_config),
         "config": cache.model_config.to_dict(),
         "sliding_lengths": lengths,
     }
@@ -115,9 +112,7 @@ def load_cache(path: str | Path, config: PreTrainedConfig | None = None) -> Twil
     if config is None:
         stored = dict(facts["config"])
         config = AutoConfig.for_model(stored.pop("model_type"), **stored)
-    elif (given := _signature(config.get_text_config(decoder=True))) != facts["signature"]:
-        wrong = [name for name in _SIGNATURE if given[name] != facts["signature"][name]]
-        told = ", ".join(f"{name} {facts['signature'][name]} (this model: {given[name]})" for name in wrong)
+    elif told := difference(facts["signature"], config.get_text_config(decoder=True)):
         raise ValueError(f"{path} was filled by another model: {told}; prefill the document with this model")
     cache = TwilightCache(config, TwilightConfig.from_dict(facts["settings"]))
     _restore(cache, tensors, facts)
@@ -187,7 +182,12 @@ def _restore_layer(layer: TwilightLayer, own: dict[str, Tensor]) -> None:
         (own[f"{kind}.codes"], own.get(f"{kind}.lo", nothing), own.get(f"{kind}.step", nothing))
         for kind in ("keys", "values")
     )
-    store.keys, store.values = KeyPages(store.key_codec, *keys), ValuePages(store.value_codec, *values)
+    key_codec, value_codec = store.key_codec, store.value_codec
+    store.keys = SkvqPages(key_codec, *keys) if isinstance(key_codec, SkvqCodec) else KeyPages(key_codec, *keys)
+    if isinstance(value_codec, SkvqCodec):
+        store.values = SkvqPages(value_codec, *values)
+    else:
+        store.values = ValuePages(value_codec, *values)
     stored_keys, stored_values = own["plain.keys"], own["plain.values"]
     layout, columns = layer.sequences.layout, stored_values.shape[2]
     room = max(columns, layout.num_sinks + layout.window + layout.page_size)
@@ -197,8 +197,3 @@ def _restore_layer(layer: TwilightLayer, own: dict[str, Tensor]) -> None:
     store.plain.values[:, :, :columns] = stored_values
     prefix = "selector."
     store.selector_state.restore({n.removeprefix(prefix): t for n, t in own.items() if n.startswith(prefix)})
-
-
-def _signature(config: PreTrainedConfig) -> dict[str, Any]:
-    facts = {name: getattr(config, name, None) for name in _SIGNATURE}
-    return dict(json.loads(json.dumps(facts, default=str)))

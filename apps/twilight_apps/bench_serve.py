@@ -59,7 +59,6 @@ def run(
         What ``--json`` prints.
     Raises:
         ValueError: unknown names, numbers out of range, or a model that cannot hold a workload.
-        RuntimeError: our engine's answer in the batch is not its answer alone.
     """
     if rounds < 1 or limit_s <= 0 or not 0 < memory_share <= 1:
         raise ValueError("rounds must be at least 1, the limit above 0 s and the memory share in (0, 1]")
@@ -118,12 +117,11 @@ def _compare(workload: Workload, entrants: list[Entrant], rounds: int, limit_s: 
         for index in range(rounds):
             for entrant in entrants[index % len(entrants) :] + entrants[: index % len(entrants)]:
                 attempt(entrant, lambda entrant=entrant: plays[entrant.name].append(play(entrant, workload, limit_s)))  # type: ignore[misc]
-    for name in (OURS, UNSHARED):
-        for one in plays.get(name, []):
-            if one.served[0][0].answer.token_ids != alone[name].token_ids:
-                raise RuntimeError(f"{name}: the first answer of {workload.name} is not the one it gives alone")
     rows = [_row(workload, name, runs) for name, runs in plays.items() if runs and name not in over]
     for row in rows:
+        # float32 products of other numbers of rows are rounded otherwise, so that a near tie may fall otherwise
+        answers = [one.served[0][0].answer.token_ids for one in plays[row["name"]]]
+        row["first_answer_is_as_alone"] = all(ids == alone[row["name"]].token_ids for ids in answers)
         row["times_the_first"] = row["seconds"]["median"] / rows[0]["seconds"]["median"]
         row["first_token_times_the_first"] = row["first_token_s"]["median"] / rows[0]["first_token_s"]["median"]
         row["decode_share_of_the_first"] = row["decode_tokens_per_s"] / (rows[0]["decode_tokens_per_s"] or 1.0)
@@ -199,9 +197,11 @@ def _print(result: dict[str, Any], dtype: str) -> None:
             f"{row['requests_per_s']:.2f}",
             f"{row['first_token_s']['median']:.2f}",
             f"{row['decode_tokens_per_s']:.1f}",
+            "yes" if row["first_answer_is_as_alone"] else "no",
         ])  # fmt: skip
     columns = ["entrant", "prefill rows", *(["again a turn"] if is_chat else []), "forwards", "peak pages", "s"]
     columns += [f"x {result['entrants'][0]['name']}" if rows else "x", "requests/s", "first token s", "decode tok/s"]
+    columns.append("as alone")
     tables.print_table(f"{result['title']}; {dtype}, {torch.get_num_threads()} threads", columns, rows)
     for name, reason in result["left_out"].items():
         tables.say(f"{name} is left out: {reason}")

@@ -26,8 +26,6 @@ app = typer.Typer(
     "Start with [bold]hf-twilight generate[/bold]: it needs no arguments and no network.",
 )
 app.add_typer(bench, name="bench")
-app.command()(serve)
-app.command()(chat)
 app.add_typer(evaluation, name="eval")
 
 
@@ -40,7 +38,9 @@ def main() -> None:
 def generate(
     model: options.Model = "smollm2",
     dtype: options.Dtype = "auto",
-    preset: Annotated[str | None, typer.Option(help="exact, quality, balanced (default) or compact.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="exact, quality, balanced (default), compact; or a folder.")
+    ] = None,
     changes: options.Set = options.NO_CHANGES,
     document: Annotated[
         Path | None,
@@ -124,6 +124,60 @@ def parity(
 
 
 @app.command()
+def calibrate(
+    text: Annotated[list[Path], typer.Option(help="A UTF-8 text file; the kind the model will read. Repeatable.")],
+    out: Annotated[Path, typer.Option(help="Folder of the result; an interrupted run goes on from it.")],
+    model: options.Model = "smollm2",
+    dtype: options.Dtype = "float32",
+    preset: Annotated[str, typer.Option(help="Where other settings come from: quality, balanced or compact.")] = (
+        "balanced"
+    ),
+    codec: Annotated[
+        str, typer.Option(help="channel: bits of each layer. skvq: the paper's reorder and clips, to compare with.")
+    ] = "channel",
+    ratio: Annotated[
+        float | None, typer.Option(help="Times smaller than bf16 at 8,000 tokens; default: 3.2, 4.2 or 5.5.")
+    ] = None,
+    max_drift: Annotated[
+        float | None, typer.Option(help="Nats a token that top-p may add: choose p by it. Default: keep p.")
+    ] = None,
+    sample_len: Annotated[int, typer.Option(help="Tokens of a sample; longer ones weigh long contexts.")] = 4096,
+    samples: Annotated[int, typer.Option(help="Samples; time grows with them.")] = 1,
+    seed: options.Seed = 0,
+    threads: options.Threads = None,
+    json: options.Json = False,
+    verbose: options.Verbose = 0,
+    quiet: options.Quiet = False,
+) -> None:
+    """Choose the bits of each layer for your model, from a text: some minutes for a small model on a CPU.
+
+    Keys, then values, of one layer at a time are rounded, and how far the output moves is measured; then bits
+    are spent where they matter. Ctrl-C loses nothing: the same command goes on, and another --ratio is instant.
+
+    \b
+    Examples:
+      hf-twilight calibrate --text notes.txt --out ./compact --preset compact
+      hf-twilight generate --preset ./compact
+    """
+    with session(verbose=verbose, quiet=quiet, seed=seed, threads=threads):
+        from .calibrate import run, run_skvq
+
+        if codec == "skvq":
+            if (preset, ratio, max_drift, samples) != ("balanced", None, None, 1):
+                raise ValueError("--preset, --ratio, --max-drift and --samples must be left out with --codec skvq")
+            result = run_skvq(model, dtype, text, out, sample_len=sample_len, seed=seed)
+        elif codec == "channel":
+            result = run(
+                model, dtype, text, out, preset=preset, ratio=ratio, max_drift=max_drift, sample_len=sample_len,
+                samples=samples, seed=seed,
+            )  # fmt: skip
+        else:
+            raise ValueError(f"codec must be channel or skvq, got {codec!r}")
+        if json:
+            print_json("calibrate", seed=seed, **result)
+
+
+@app.command()
 def env(json: options.Json = False, verbose: options.Verbose = 0, quiet: options.Quiet = False) -> None:
     """Show versions, processor, threads, devices and what of hf-twilight is in place; for bug reports.
 
@@ -141,6 +195,10 @@ def env(json: options.Json = False, verbose: options.Verbose = 0, quiet: options
         print_table("hf-twilight", ["fact", "here"], rows, left=2)
         if json:
             print_json("env", **installation())
+
+
+app.command()(serve)
+app.command()(chat)
 
 
 def _flat(value: object) -> str:

@@ -15,6 +15,7 @@ DECODE_CONTEXTS = [8192, 32768]
 GENERATE_CONTEXTS = [8000]
 DTYPES = ["bfloat16"]
 PRESETS = ["balanced", "compact"]
+PREFILL_LAYERS = [2, 7, 12, 17, 22, 27]
 WORKLOADS = ["w1"]
 NO_ENTRANTS: list[str] = []
 
@@ -110,6 +111,43 @@ def generate(
         result = run(model, contexts, dtypes, settings, new_tokens=new_tokens, text=text)
         if json:
             print_json("bench generate", **result)
+
+
+@bench.command("prefill")
+def prefill(
+    model: options.Model = "smollm2",
+    contexts: Annotated[
+        list[int], typer.Option("--context", help="Tokens of the prompt; repeatable.")
+    ] = GENERATE_CONTEXTS,
+    dtypes: Annotated[list[str], typer.Option("--dtype", help="Of the weights; repeatable.")] = DTYPES,
+    preset: options.Preset = "balanced",
+    changes: options.Set = options.NO_CHANGES,
+    layers: Annotated[list[int], typer.Option("--layer", help="Layers to time alone; repeatable.")] = PREFILL_LAYERS,
+    rounds: Annotated[int, typer.Option(help="Whole forwards of each cache; 0 times layers only.")] = 2,
+    text: Annotated[Path | None, typer.Option(help="A text file; default: Python's language reference.")] = None,
+    threads: options.Threads = None,
+    json: options.Json = False,
+    verbose: options.Verbose = 0,
+    quiet: options.Quiet = False,
+) -> None:
+    """Time reading a prompt: sparse prefill against dense, layer by layer and to the first token.
+
+    Layers are timed on the model's own queries, keys and values, and only if the last rows agree with the float64
+    definition. Then whole forwards with the stock cache and with ours take turns.
+
+    \b
+    Examples:
+      hf-twilight bench prefill --context 8000 --dtype bfloat16 --dtype float32 --json
+      hf-twilight bench prefill --context 32000 --rounds 0 --layer 12 --set alpha=0.9
+    """
+    with session(verbose=verbose, quiet=quiet, threads=threads):
+        from .bench_prefill import Plan, run
+        from .models import parse_settings
+
+        plan = Plan(tuple(contexts), tuple(dtypes), tuple(layers), rounds)
+        result = run(model, parse_settings(preset, changes), plan, text=text)
+        if json:
+            print_json("bench prefill", **result)
 
 
 @bench.command("serve")

@@ -53,12 +53,13 @@ def check_decode(name: str, store: LayerStore, step: Step, inputs: AttentionInpu
     scored, needed, kept, _, _ = store.stats[0].T.tolist()
     policy = store.policy
     selection = store.select(inputs.query, inputs.scaling, step)
+    candidates = None if selection is None else selection.pages
     worst, allowed, masses = 0.0, 0.0, []
     per_kv = out.shape[1] // store.plain.keys.shape[1]
     for k in range(store.plain.keys.shape[1]):
         heads = slice(k * per_kv, (k + 1) * per_kv)
         head = _one_head(store, k, inputs.query[:, heads])
-        chosen = _one_selection(selection, k)
+        chosen = None if candidates is None else candidates[:, k : k + 1]
         error, tolerance = _compare(head, step, policy, inputs, k, chosen, out[:, heads])
         if not error <= tolerance:
             raise ArithmeticError(
@@ -67,10 +68,11 @@ def check_decode(name: str, store: LayerStore, step: Step, inputs: AttentionInpu
             )
         if error >= worst:
             worst, allowed = error, tolerance
-        masses.append(_exact_mass(head, step, policy, inputs, heads, chosen, store.sequences.layout.num_sinks))
+        listed = _candidates(selection, step, store.key_codec.page_size, k)
+        masses.append(_exact_mass(head, step, policy, inputs, heads, listed, store.sequences.layout.num_sinks))
     count = len(scored)
     num_bytes = store.bytes_read(scored, kept) + _plain_bytes(store, step)
-    if selection is not None:
+    if candidates is not None:
         num_bytes += _bound_bytes(store, step)
     return Check(
         worst, allowed, sum(needed) / count, sum(kept) / count, sum(scored) / count,
@@ -90,18 +92,24 @@ def attended_mass(store: LayerStore, step: Step, inputs: AttentionInputs) -> Ten
     masses = []
     for k in range(kv_heads):
         heads = slice(k * per_kv, (k + 1) * per_kv)
-        chosen = _one_selection(selection, k)
         head = _one_head(store, k, inputs.query[:, heads])
+        chosen = _candidates(selection, step, store.key_codec.page_size, k)
         masses.append(_exact_mass(head, step, store.policy, inputs, heads, chosen, sinks))
     return torch.cat(masses)
 
 
-def _one_selection(selection: Selection | None, k: int) -> Selection | None:
-    """The candidates of one KV head."""
+def _candidates(selection: Selection | None, step: Step, size: int, k: int) -> Tensor | None:
+    """Which packed tokens of row 0 are candidates of KV head ``k``: bool ``[S]``; None for all of them."""
     if selection is None:
         return None
-    tokens = None if selection.tokens is None else selection.tokens[:, k : k + 1]
-    return Selection(selection.pages[:, k : k + 1], tokens)
+    pages = selection.pages[0, k]
+    listed = pages[pages >= 0].long()
+    tokens = torch.zeros(int(step.num_pages[0]), size, dtype=torch.bool)
+    if selection.tokens is None:
+        tokens[listed] = True
+    else:
+        tokens[listed] = selection.tokens[0, k].unflatten(0, (-1, size))[: len(listed)]
+    return tokens.flatten()
 
 
 @dataclass(frozen=True)
@@ -115,8 +123,8 @@ class _Head:
 
 
 def _one_head(store: LayerStore, k: int, query: Tensor) -> _Head:
-    assert store.keys is not None
-    assert store.values is not None
+    assert isinstance(store.keys, KeyPages)
+    assert isinstance(store.values, ValuePages)
     assert store.plain is not None
 
     def narrow(x: Tensor) -> Tensor:
@@ -139,7 +147,7 @@ def _compare(
     policy: DecodePolicy,
     inputs: AttentionInputs,
     k: int,
-    chosen: Selection | None,
+    chosen: Tensor | None,
     out: Tensor,
 ) -> tuple[float, float]:
     """Return the largest error and what rounding explains there."""
@@ -148,9 +156,7 @@ def _compare(
         return _reference.decode_attention(
             head.query.double(), head.keys, head.values, head.plain, block_table=step.block_table,
             num_pages=step.num_pages, plain_len=step.plain_len, scaling=inputs.scaling, p=p,
-            min_keep=policy.min_keep, min_sparse_len=policy.min_sparse_len,
-            candidates=None if chosen is None else chosen.pages,
-            candidate_tokens=None if chosen is None else chosen.tokens,
+            min_keep=policy.min_keep, min_sparse_len=policy.min_sparse_len, candidates=chosen,
         )  # fmt: skip
 
     error = (out.double() - define(policy.p)).abs()
@@ -165,20 +171,16 @@ def _compare(
 
 
 def _exact_mass(
-    head: _Head, step: Step, policy: DecodePolicy, inputs: AttentionInputs, heads: slice, chosen: Selection | None,
+    head: _Head, step: Step, policy: DecodePolicy, inputs: AttentionInputs, heads: slice, chosen: Tensor | None,
     num_sinks: int,
 ) -> Tensor:  # fmt: skip
-    """Share ``[G]`` of the softmax over unquantized keys that the attended tokens carry."""
+    """Share ``[G]`` of the softmax over unquantized keys that the attended tokens carry; ``chosen [S]`` is bool."""
     columns, pages = int(step.plain_len[0]), int(step.num_pages[0])
     packed = _reference.key_logits(head.query, head.keys, step.block_table[:, :pages], step.num_pages, inputs.scaling)[
         0
     ]
     if chosen is not None:
-        size, is_listed = head.keys.codec.page_size, chosen.pages >= 0
-        is_chosen = torch.zeros(pages, size, dtype=torch.bool)
-        tokens = True if chosen.tokens is None else chosen.tokens.unflatten(-1, (-1, size))[is_listed]
-        is_chosen[chosen.pages[is_listed].long()] = tokens
-        packed = packed.masked_fill(~is_chosen.flatten(), -torch.inf)
+        packed = packed.masked_fill(~chosen, -torch.inf)
     forced = head.query[0] @ head.plain.keys[0, 0, :, :columns] * inputs.scaling
     is_sparse = packed.shape[-1] >= policy.min_sparse_len
     limit = _reference.top_p_threshold(

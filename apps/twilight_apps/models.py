@@ -24,11 +24,11 @@ def parse_settings(preset: str, changes: Sequence[str]) -> TwilightConfig:
     """Build the settings of ``--preset`` with each ``--set key=value``.
 
     Raises:
-        ValueError: no ``=``, an unknown preset or setting (the nearest is named), or a value out of range.
+        ValueError: no ``=``, no preset, folder or setting of that name (the nearest is named), or a value out of range.
     """
-    from hf_twilight import TwilightConfig
+    from hf_twilight.config import as_config
 
-    return TwilightConfig.preset(preset, **_parse_changes(changes))
+    return as_config(preset, **_parse_changes(changes))
 
 
 def changed(settings: TwilightConfig, changes: Sequence[str]) -> TwilightConfig:

@@ -15,7 +15,10 @@ Model = Annotated[
 Dtype = Annotated[str, typer.Option(help="Of the weights: auto (the checkpoint's), float32, bfloat16 or float16.")]
 Preset = Annotated[
     str,
-    typer.Option(help="exact: as the stock cache, bit for bit. quality, balanced, compact: ever smaller and faster."),
+    typer.Option(
+        help="exact: as the stock cache, bit for bit. quality, balanced, compact: ever smaller and faster. "
+        "Or a folder that calibrate wrote."
+    ),
 ]
 Set = Annotated[
     list[str],

@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -111,9 +111,14 @@ class ContinuousBatching:
         models.use_attention(self.model, models.STOCK_ATTENTION)
         plain = GenerationConfig(do_sample=False, eos_token_id=_NO_END, pad_token_id=0)
         model: Any = self.model
-        with model.continuous_batching_context_manager(
-            generation_config=plain, continuous_batching_config=self._config(workload), timeout=_STOP_S
-        ) as manager:
+        with ExitStack() as stack:
+            opened = model.continuous_batching_context_manager(
+                generation_config=plain, continuous_batching_config=self._config(workload), timeout=_STOP_S
+            )
+            try:
+                manager = stack.enter_context(opened)
+            except (ValueError, MemoryError) as error:
+                raise MemoryError(f"its cache finds no room ({error}); change --memory-share") from error
             serving = _TheirServing(manager)
             collector = threading.Thread(target=serving.collect, daemon=True)
             collector.start()

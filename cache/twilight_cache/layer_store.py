@@ -16,15 +16,11 @@ from twilight_kernels import (
     ValueCodec,
     ValuePages,
     decode_attention,
-    key_token_bytes,
-    load_key_pages,
-    load_value_pages,
-    store_key_pages,
-    store_value_pages,
-    value_token_bytes,
 )
+from twilight_kernels.skvq import SkvqCodec, SkvqPages
 
 from .accounting import LayerBytes
+from .page_codecs import changed, empty_keys, empty_values, load_pages, store_pages, token_bytes
 from .selectors import NUM_QUERIES, Full, LayerView, Observer, Selection, Selector, SelectorState
 from .sequences import Crop, Flush, SequenceBatch, Step
 
@@ -56,19 +52,28 @@ class LayerStore:
     """
 
     def __init__(
-        self, sequences: SequenceBatch, key_codec: KeyCodec, value_codec: ValueCodec, policy: DecodePolicy
+        self,
+        sequences: SequenceBatch,
+        key_codec: KeyCodec | SkvqCodec,
+        value_codec: ValueCodec | SkvqCodec,
+        policy: DecodePolicy,
     ) -> None:
         self.sequences = sequences
         self.policy = policy
         self.key_codec, self.value_codec = key_codec, value_codec
-        self.keys: KeyPages | None = None
-        self.values: ValuePages | None = None
+        self.keys: KeyPages | SkvqPages | None = None
+        self.values: ValuePages | SkvqPages | None = None
         self.plain: PlainTokens | None = None
         self.tokens = 0  # logical tokens that this layer took; others may be a step ahead
         self.stats: Tensor | None = None  # [B, H, 5] float64, see decode_attention
         self.coverage: Tensor | None = None  # [B, H] float64, added to: see Selection; NaN where unknown
         self.num_decodes = 0
         self.selector_state = SelectorState()
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether ``attend`` and ``decode`` take this codec; otherwise attention runs over ``read``."""
+        return isinstance(self.key_codec, KeyCodec) and isinstance(self.value_codec, ValueCodec)
 
     def append(self, step: Step, keys: Tensor, values: Tensor) -> None:
         """Take the tokens of ``step``: ``keys [B, K, T, Dk]``, ``values [B, K, T, Dv]``, any strides."""
@@ -102,7 +107,7 @@ class LayerStore:
         self, query: Tensor, scaling: float, step: Step, new_key: Tensor | None, new_value: Tensor | None
     ) -> Tensor:
         """Attend to the sequences as ``step`` left them, before its own pages were packed."""
-        assert self.keys is not None and self.values is not None and self.plain is not None
+        assert isinstance(self.keys, KeyPages) and isinstance(self.values, ValuePages) and self.plain is not None
         if self.stats is None or self.stats.shape[:2] != query.shape[:2]:
             self.stats = torch.zeros(*query.shape[:2], 5, dtype=torch.float64, device=query.device)
             self.coverage, self.num_decodes = torch.zeros_like(self.stats[..., 0]), 0
@@ -142,7 +147,7 @@ class LayerStore:
     def observe(self, queries: Tensor, scaling: float) -> None:
         """Show the selector the queries ``[B, H, T, D]`` of a forward of several tokens, which are stored already."""
         selector, sequences = self.policy.selector, self.sequences
-        if not isinstance(selector, Observer) or not sequences.pages.any():
+        if not isinstance(selector, Observer) or not self.has_kernels or not sequences.pages.any():
             return
         last = min(NUM_QUERIES, sequences.layout.window, queries.shape[2])
         most, device = int(sequences.pages.max()), queries.device
@@ -162,7 +167,7 @@ class LayerStore:
         self.coverage = self.coverage + torch.where(is_dense[:, None], 1.0, known)
 
     def _view(self, block_table: Tensor, num_pages: Tensor, plain_len: Tensor, scaling: float) -> LayerView:
-        assert self.keys is not None and self.plain is not None
+        assert isinstance(self.keys, KeyPages) and self.plain is not None
         return LayerView(self.keys, block_table, num_pages, self.plain.keys, plain_len, scaling, self.selector_state)
 
     def flush(self, flushes: Sequence[Flush]) -> None:
@@ -198,8 +203,8 @@ class LayerStore:
             if pages:
                 page_ids = torch.from_numpy(self.sequences.table[row, :pages]).to(device)
                 end = at + pages * self.key_codec.page_size
-                keys[row, :, at:end] = load_key_pages(self.keys, page_ids, dtype).transpose(0, 1).flatten(1, 2)
-                values[row, :, at:end] = load_value_pages(self.values, page_ids, dtype).transpose(0, 1).flatten(1, 2)
+                keys[row, :, at:end] = load_pages(self.keys, page_ids, dtype).transpose(0, 1).flatten(1, 2)
+                values[row, :, at:end] = load_pages(self.values, page_ids, dtype).transpose(0, 1).flatten(1, 2)
                 at = end
             keys[row, :, at:total] = plain.keys[row, :, :, first:columns].transpose(-1, -2)
             values[row, :, at:total] = plain.values[row, :, first:columns]
@@ -215,8 +220,8 @@ class LayerStore:
             self.selector_state.crop(crop.row, int(self.sequences.pages[crop.row]))
             if crop.restored:
                 page_id = torch.tensor([crop.page_id], dtype=torch.int32, device=plain.keys.device)
-                keys = load_key_pages(self.keys, page_id, plain.keys.dtype)[0, :, : crop.restored]
-                values = load_value_pages(self.values, page_id, plain.values.dtype)[0, :, : crop.restored]
+                keys = load_pages(self.keys, page_id, plain.keys.dtype)[0, :, : crop.restored]
+                values = load_pages(self.values, page_id, plain.values.dtype)[0, :, : crop.restored]
                 plain.keys[crop.row, :, :, sinks : sinks + crop.restored] = keys.transpose(-1, -2)
                 plain.values[crop.row, :, sinks : sinks + crop.restored] = values
 
@@ -245,8 +250,8 @@ class LayerStore:
         """Move every tensor to ``device``."""
         if self.plain is None or self.keys is None or self.values is None:
             return
-        self.keys = KeyPages(self.keys.codec, *(t.to(device) for t in _parts(self.keys)))
-        self.values = ValuePages(self.values.codec, *(t.to(device) for t in _parts(self.values)))
+        self.keys = changed(self.keys, lambda t: t.to(device))
+        self.values = changed(self.values, lambda t: t.to(device))
         self.plain = PlainTokens(self.plain.keys.to(device), self.plain.values.to(device))
         self.selector_state.move(device)
 
@@ -266,8 +271,8 @@ class LayerStore:
             return 0.0
         heads, key_dim = self.plain.keys.shape[1:3]
         per_kv, item = len(scored) // heads, self.plain.keys.element_size()
-        key_bytes = key_token_bytes(key_dim, self.key_codec, item)
-        value_bytes = value_token_bytes(self.plain.values.shape[-1], self.value_codec, item)
+        key_bytes = token_bytes(self.key_codec, key_dim, item)
+        value_bytes = token_bytes(self.value_codec, self.plain.values.shape[-1], item)
         return sum(scored[::per_kv]) * key_bytes + sum(kept[::per_kv]) * value_bytes
 
     def tensors(self) -> dict[str, Tensor]:
@@ -317,8 +322,8 @@ class LayerStore:
             room = max(needed, layout.num_sinks + layout.window + layout.page_size)
             rows, heads, _, key_dim = keys.shape
             self.plain = PlainTokens.empty(rows, heads, key_dim, values.shape[-1], room, keys.dtype, keys.device)
-            self.keys = KeyPages.empty(0, heads, key_dim, self.key_codec, keys.dtype, keys.device)
-            self.values = ValuePages.empty(0, heads, values.shape[-1], self.value_codec, keys.dtype, keys.device)
+            self.keys = empty_keys(self.key_codec, heads, key_dim, keys.dtype, keys.device)
+            self.values = empty_values(self.value_codec, heads, values.shape[-1], keys.dtype, keys.device)
         else:
             rows, heads, key_dim, _ = plain.keys.shape
             room = needed + needed // 8
@@ -347,8 +352,8 @@ class LayerStore:
         assert self.keys is not None and self.values is not None
         size = self.key_codec.page_size
         ids = torch.tensor(page_ids, dtype=torch.int32, device=keys.device)
-        store_key_pages(self.keys, ids, keys.unflatten(1, (len(page_ids), size)).transpose(0, 1))
-        store_value_pages(self.values, ids, values.unflatten(1, (len(page_ids), size)).transpose(0, 1))
+        store_pages(self.keys, ids, keys.unflatten(1, (len(page_ids), size)).transpose(0, 1))
+        store_pages(self.values, ids, values.unflatten(1, (len(page_ids), size)).transpose(0, 1))
 
     @torch.inference_mode(mode=False)
     def _grow_pages(self) -> None:
@@ -356,18 +361,14 @@ class LayerStore:
         assert self.keys is not None and self.values is not None
         capacity = self.sequences.pool.capacity
         if capacity > self.keys.num_pages:
-            self.keys = KeyPages(self.keys.codec, *(_grown(t, capacity) for t in _parts(self.keys)))
-            self.values = ValuePages(self.values.codec, *(_grown(t, capacity) for t in _parts(self.values)))
+            self.keys = changed(self.keys, lambda t: _grown(t, capacity))
+            self.values = changed(self.values, lambda t: _grown(t, capacity))
 
 
 def _tables(step: Step, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Block table, pages and plain tokens of each row, where the layer's tensors are."""
     tables = step.block_table, step.num_pages, step.plain_len
     return tables if device.type == "cpu" else tuple(table.to(device) for table in tables)  # type: ignore[return-value]
-
-
-def _parts(pages: KeyPages | ValuePages) -> tuple[Tensor, Tensor, Tensor]:
-    return pages.codes, pages.lo, pages.step
 
 
 def _grown(tensor: Tensor, capacity: int) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,13 +14,16 @@ from transformers.cache_utils import DynamicLayer
 
 from twilight_cache import PagePool, PrefixTree
 
-from ..attention import ATTENTION_NAME
+from ..attention import ATTENTION_NAME, STEP_ARGUMENT
 from .plan import ScheduledRequest
-from .runner import Runner
 from .scheduler import Scheduler
 
+if TYPE_CHECKING:
+    from .runner import Runner
+
 _UNKNOWN_CONTEXT = 32768
-_PROBE_LENGTHS = (5, 3)
+_PROBE_LENGTHS = (7, 5)
+_PROBE_ROWS = 6  # so that the first sequence is cut: positions and pages must reach the second step
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -81,8 +85,56 @@ def attention_switched(model: PreTrainedModel) -> Iterator[None]:
             model.set_attn_implementation(before)
 
 
+@dataclass(frozen=True)
+class LayerShape:
+    """What a layer hands to its attention function: heads and channels."""
+
+    num_heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+class _Recorder:
+    """Stands where a step would, and notes the shapes of every layer."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, LayerShape] = {}
+
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, _: float) -> Tensor:
+        self.shapes[layer_idx] = LayerShape(query.shape[1], key.shape[1], key.shape[-1], value.shape[-1])
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
+
+
+def layer_shapes(model: Any) -> list[LayerShape]:
+    """Run a few tokens to see what each layer hands to the attention function.
+
+    Raises:
+        ValueError: some layer does not come to it, or the model does not pass the step on.
+    """
+    recorder, reason = _Recorder(), "not every layer comes to it"
+    try:
+        ids = torch.arange(4, device=model.device)[None]
+        model(
+            input_ids=ids, position_ids=ids, attention_mask=unread_mask(model), use_cache=False,
+            **{STEP_ARGUMENT: recorder},
+        )  # fmt: skip
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    else:
+        count = model.config.get_text_config(decoder=True).num_hidden_layers
+        if sorted(recorder.shapes) == list(range(count)):
+            return [recorder.shapes[layer] for layer in range(count)]
+    raise ValueError(_refusal(model, reason))
+
+
+def unread_mask(model: Any) -> Tensor:
+    """A 4D mask: models take one as it is given and build none of their own; our attention never reads it."""
+    return torch.ones(1, 1, 1, 1, dtype=model.dtype, device=model.device)
+
+
 def probe(model: PreTrainedModel, runner: Runner) -> None:
-    """Run two short sequences packed into one forward and compare with the model run on each.
+    """Run two short sequences packed into two forwards and compare with the model run on each.
 
     Raises:
         ValueError: the model does not take packed sequences through its attention function.
@@ -93,12 +145,19 @@ def probe(model: PreTrainedModel, runner: Runner) -> None:
     tree = PrefixTree(
         runner.settings.layout, pool, None if runner.is_raw else PagePool(runner.stores[0].keys.num_pages)
     )
-    scheduler = Scheduler(tree, max_running=len(prompts), prefill_tokens=sum(_PROBE_LENGTHS), max_cache_pages=1 << 30)
+    scheduler = Scheduler(tree, max_running=len(prompts), prefill_tokens=_PROBE_ROWS, max_cache_pages=1 << 30)
     for index, prompt in enumerate(prompts):
         scheduler.add(ScheduledRequest(str(index), prompt, len(prompt), 1))
     reason: object = None
     try:
-        found = runner.run(scheduler.plan())
+        logits: dict[str, Tensor] = {}
+        while len(logits) < len(prompts):
+            plan = scheduler.plan()
+            rows = runner.run(plan)
+            scheduler.commit(plan)
+            ended = [segment.request for segment in plan.segments if segment.is_last]
+            logits.update((request.request_id, row) for request, row in zip(ended, rows, strict=True))
+        found = torch.stack([logits[str(index)] for index in range(len(prompts))])
         wanted = torch.stack([_last_logits(model, prompt, runner.device) for prompt in prompts])
         spread = float(wanted.std())
         error = float((found - wanted).abs().max())
@@ -107,10 +166,14 @@ def probe(model: PreTrainedModel, runner: Runner) -> None:
     except Exception as caught:
         reason = f"{type(caught).__name__}: {caught}"
     if reason is not None:
-        raise ValueError(
-            f"the engine takes models that run packed sequences through their attention function, got "
-            f"{model.config.model_type!r} ({reason}); use model.generate with cache_implementation='twilight'"
-        )
+        raise ValueError(_refusal(model, reason))
+
+
+def _refusal(model: Any, reason: object) -> str:
+    return (
+        "the engine takes models that run packed sequences through their attention function, got "
+        f"{model.config.model_type!r} ({reason}); use model.generate with cache_implementation='twilight'"
+    )
 
 
 def _last_logits(model: Any, prompt: list[int], device: torch.device) -> Tensor:

@@ -14,10 +14,11 @@ from twilight_cache import PagePool, PrefixTree
 from twilight_kernels import release_threads
 
 from ..config import TwilightConfig, as_config
-from .eligibility import attention_switched, check_model, context_of, end_tokens, probe, vocab_size
+from ..signature import require_fit
+from .eligibility import attention_switched, check_model, context_of, end_tokens, layer_shapes, probe, vocab_size
 from .handle import Completion, RequestHandle
 from .plan import ScheduledRequest
-from .runner import Runner, key_codec, value_codec
+from .runner import Runner, layer_codecs
 from .sampling import SamplingParams
 from .scheduler import Scheduler
 from .stats import EngineStats, collect_stats
@@ -77,6 +78,10 @@ class Engine:
         _require_whole("max_waiting", max_waiting, 0)
         _require_whole("seed", seed, 0)
         self.settings = as_config(settings)
+        decoder = model.config.get_text_config(decoder=True)
+        require_fit(self.settings, decoder, decoder.num_hidden_layers)
+        if self.settings.skvq_tables is not None:
+            raise ValueError("the engine decodes from pages: skvq_tables must be None; use generate for SKVQ")
         if self.settings.selector != "full":
             raise ValueError(
                 f"the engine scores every packed token: selector must be 'full', got {self.settings.selector!r}; "
@@ -91,11 +96,13 @@ class Engine:
             max_cache_tokens = max(max_running * _DEFAULT_TOKENS, self.context)
         _require_whole("max_cache_tokens", max_cache_tokens, layout.page_size)
         self.max_cache_tokens = max_cache_tokens
-        self._scheduler, self._runner = _build(model, self.settings, max_running, max_cache_tokens, prefill_tokens)
         attention = attention_switched(model)
         attention.__enter__()
         try:
             with torch.inference_mode():
+                self._scheduler, self._runner = _build(
+                    model, self.settings, max_running, max_cache_tokens, prefill_tokens
+                )
                 probe(model, self._runner)
             if model.device.type == "cpu":
                 release_threads()  # from here on the worker computes
@@ -256,9 +263,11 @@ def _build(
     layout = settings.layout
     size = layout.page_size
     cache_pages = -(-max_cache_tokens // size)
-    config = model.config.get_text_config(decoder=True)
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    is_raw = key_codec(settings, dim).is_raw and value_codec(settings, dim).is_raw
+    shapes = layer_shapes(model)
+    pairs = [layer_codecs(settings, shapes, layer) for layer in range(len(shapes))]
+    is_raw = all(codec.is_raw for codec in pairs[0])
+    if any(all(codec.is_raw for codec in pair) != is_raw for pair in pairs):
+        raise ValueError("layers must be raw (16 bits) all or none in the engine, got a mixture; change their bits")
     if is_raw:
         plain, packed = cache_pages + max_running, 0  # and one of sinks for each request
         tree = PrefixTree(layout, PagePool(plain), None)
@@ -271,7 +280,7 @@ def _build(
     scheduler = Scheduler(
         tree, max_running=max_running, prefill_tokens=prefill_tokens, max_cache_pages=plain if is_raw else packed
     )
-    return scheduler, Runner(model, settings, plain, packed)
+    return scheduler, Runner(model, settings, shapes, plain, packed)
 
 
 def _require_whole(name: str, value: object, least: int) -> None:

@@ -26,6 +26,7 @@ from twilight_kernels import KeyCodec, ValueCodec
 
 from ..attention import STEP_ARGUMENT
 from ..config import TwilightConfig
+from .eligibility import LayerShape, unread_mask
 from .plan import Segment, StepPlan
 
 _LOGITS_BYTES = 1 << 23  # of scores that one attention call keeps: what fits the caches
@@ -74,28 +75,33 @@ class Runner:
     Args:
         model: a decoder whose attention function is ours.
         settings: how pages are packed and read.
+        shapes: of the layers.
         plain_pages, packed_pages: slots; ``packed_pages`` is 0 for raw codecs.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: TwilightConfig, plain_pages: int, packed_pages: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: TwilightConfig,
+        shapes: Sequence[LayerShape],
+        plain_pages: int,
+        packed_pages: int,
+    ) -> None:
         self.model: Any = model
         self.settings = settings
-        self.device, self.dtype = model.device, model.dtype
-        config = model.config.get_text_config(decoder=True)
-        self.num_heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or self.num_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.num_heads
+        self.device = model.device
+        self.num_heads = shapes[0].num_heads
         self.traffic = Traffic()
         self.stores = [
             PagedStore(
-                key_codec(settings, head_dim), value_codec(settings, head_dim), settings.policy(layer),
-                num_sinks=settings.num_sinks, plain_pages=plain_pages, packed_pages=packed_pages, kv_heads=kv_heads,
-                key_dim=head_dim, value_dim=head_dim, dtype=self.dtype, device=self.device,
+                *layer_codecs(settings, shapes, layer), settings.policy(layer), num_sinks=settings.num_sinks,
+                plain_pages=plain_pages, packed_pages=packed_pages, kv_heads=shape.kv_heads, key_dim=shape.key_dim,
+                value_dim=shape.value_dim, dtype=model.dtype, device=self.device,
             )
-            for layer in range(config.num_hidden_layers)
+            for layer, shape in enumerate(shapes)
         ]  # fmt: skip
         self.is_raw = not packed_pages
-        self._mask = torch.ones(1, 1, 1, 1, dtype=self.dtype, device=self.device)  # 4D: taken as given, never read
+        self._mask = unread_mask(model)
 
     def run(self, plan: StepPlan) -> Tensor:
         """Compute a step; return float32 logits ``[S, V]`` of the segments whose next token can be sampled."""
@@ -204,11 +210,11 @@ def plain_slot(page: TreePage) -> int:
     return -1 if page.plain is None else page.plain
 
 
-def key_codec(settings: TwilightConfig, head_dim: int) -> KeyCodec:
-    """The codec of keys; raw where the heads do not pack into whole bytes."""
-    return settings.key_codec if head_dim % 8 == 0 else KeyCodec(16, settings.page_size)
-
-
-def value_codec(settings: TwilightConfig, head_dim: int) -> ValueCodec:
-    """The codec of values; raw where the heads do not pack into whole bytes."""
-    return settings.value_codec if head_dim % 8 == 0 else ValueCodec(16, settings.page_size)
+def layer_codecs(settings: TwilightConfig, shapes: Sequence[LayerShape], layer: int) -> tuple[KeyCodec, ValueCodec]:
+    """The codecs of a layer; raw ones where some layer's heads do not pack into whole bytes."""
+    key_codec, value_codec = settings.codecs(layer)
+    if any(shape.key_dim % 8 for shape in shapes):
+        key_codec = KeyCodec(16, settings.page_size)
+    if any(shape.value_dim % 8 for shape in shapes):
+        value_codec = ValueCodec(16, settings.page_size)
+    return key_codec, value_codec

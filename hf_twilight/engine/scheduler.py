@@ -148,13 +148,10 @@ class Scheduler:
             if not other.is_prefilling:
                 continue
             end = ends.get(other, other.done)
-            limit = min(len(request.tokens) - 1, other.prompt_len)
-            if end < limit and request.tokens[:end] == other.tokens[:end]:
-                common = end
-                while common < limit and request.tokens[common] == other.tokens[common]:
-                    common += 1
-                if common > end and common - match.tokens >= _SHARE_WORTH:
-                    return True
+            least = max(end + 1, match.tokens + _SHARE_WORTH)
+            is_long = least <= min(len(request.tokens) - 1, other.prompt_len)
+            if is_long and request.tokens[:least] == other.tokens[:least]:
+                return True
         return False
 
     def _admit(self, request: ScheduledRequest, match: Match, count: int, plan: StepPlan) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-SMALL = ["--requests", 3, "--shared", 40, "--answer", 4, "--context", 50, "--rate", 50, "--memory-share", 0.02]
+SMALL = ["--requests", 3, "--shared", 40, "--answer", 4, "--context", 50, "--rate", 50, "--memory-share", 0.1]
 
 
 def test_bench_serve_counts_rows_alike_for_all(cli: Callable[..., Any], tiny_model: str) -> None:
@@ -21,6 +21,7 @@ def test_bench_serve_counts_rows_alike_for_all(cli: Callable[..., Any], tiny_mod
     assert rows["generate"]["prefill_rows"] == w1["prompt_tokens"] == 3 * 72
     assert rows["generate"]["forward_calls"] == 3 * 4
     assert all(row["seconds"]["median"] > 0 and row["first_token_s"]["median"] > 0 for row in rows.values())
+    assert all(row["first_answer_is_as_alone"] for row in rows.values())
     assert "prefill rows" in result.stdout
 
 

@@ -11,8 +11,16 @@ from typing import Any
 
 import pytest
 
-COMMANDS = [["generate"], ["parity"], ["env"], ["bench", "decode"], ["bench", "generate"], ["bench", "serve"]]
-COMMANDS += [["eval", name] for name in ("ppl", "kl", "pareto", "mass", "budget", "needle", "ruler")]
+COMMANDS = [
+    ["generate"],
+    ["parity"],
+    ["env"],
+    ["bench", "decode"],
+    ["bench", "generate"],
+    ["bench", "prefill"],
+    ["bench", "serve"],
+]
+COMMANDS += [["eval", name] for name in ("ppl", "kl", "pareto", "mass", "budget", "prefill", "needle", "ruler")]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

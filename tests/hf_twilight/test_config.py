@@ -9,6 +9,7 @@ import pytest
 
 from hf_twilight import PRESETS, TwilightConfig
 from hf_twilight.config import CONFIG_NAME, as_config
+from hf_twilight.layer_settings import LayerSettings
 from twilight_cache import DecodePolicy, DoubleSparse, Full, Quest, Selector, SnapKV, Streaming, Tactic
 
 # every setting at another value than its default
@@ -17,6 +18,8 @@ CHANGED: dict[str, Any] = {
     "window": 7, "p": 0.5, "min_keep": 3, "selector": "quest", "budget": 77,
     "dense_layers": (3,), "min_sparse_len": 5,
     "alpha": 0.9, "prefill_window": 64, "prefill_samples": 32, "min_prefill_len": 512,
+    "layers": {2: LayerSettings(4, 3, 1.0)}, "calibrated_for": {"model_type": "llama"},
+    "skvq_tables": "/nowhere/skvq.safetensors",
 }  # fmt: skip
 
 
@@ -76,6 +79,9 @@ def test_unknown_preset_names_the_nearest() -> None:
         *[("min_sparse_len", v) for v in (-1, 0.5)],
         *[("dense_layers", v) for v in ((-1,), (0.5,), ("0",), [True])],
         *[("selector", v) for v in ("best", "", None, 3)],
+        *[("layers", v) for v in ([4], None, {-1: {}}, {"x": {}}, {1.5: {}}, {True: {}}, {0: {"bits": 4}}, {0: 4})],
+        ("calibrated_for", "llama"),
+        ("skvq_tables", 3),
     ],
 )
 def test_values_outside_their_range_are_refused_by_name(name: str, value: Any) -> None:
@@ -118,6 +124,7 @@ def test_as_config_refuses_other_types(given: Any) -> None:
         {"value_bits": 8},
         {"selector": "quest", "budget": 1.0},
         {"selector": "snapkv", "budget": 9},
+        {"layers": {1: {"value_bits": 8}}},
     ],
 )
 def test_is_exact_only_if_nothing_is_rounded_or_left_out(changes: dict[str, Any]) -> None:
@@ -168,6 +175,30 @@ def test_codecs_and_layout_follow_the_settings() -> None:
         32,
     )
     assert (config.layout.page_size, config.layout.num_sinks, config.layout.window) == (32, 0, 7)
+
+
+def test_layers_differ_where_they_are_named() -> None:
+    config = TwilightConfig(key_bits=2, value_bits=3, layers={"7": {"key_bits": 4, "key_clip": 1.0}, 3: {}})
+    assert list(config.layers) == [3, 7]
+    assert [codec.bits for codec in config.codecs(7)] == [4, 3]
+    assert config.codecs(7)[0].clip == 1.0
+    assert config.codecs(3) == config.codecs(0) == (config.key_codec, config.value_codec)
+    assert as_config({"preset": "exact", "layers": {0: {"key_bits": 16}}}).is_exact
+
+
+def test_values_of_a_layer_are_checked_as_those_of_all() -> None:
+    with pytest.raises(ValueError, match=r"layers\[4\]: key_bits must be one of .*, got 5"):
+        TwilightConfig(layers={4: {"key_bits": 5}})
+    with pytest.raises(ValueError, match=r"layers\[4\] takes key_bits, value_bits, key_clip, got 'bits'"):
+        TwilightConfig(layers={4: {"bits": 5}})
+
+
+def test_as_config_reads_a_folder(tmp_path: Path) -> None:
+    TwilightConfig(**CHANGED).save_pretrained(tmp_path)
+    assert as_config(str(tmp_path)) == TwilightConfig(**CHANGED)
+    assert as_config(str(tmp_path), p=0.25).p == 0.25
+    with pytest.raises(FileNotFoundError, match=r"must hold twilight_config\.json"):
+        as_config(str(tmp_path.parent))
 
 
 @pytest.mark.parametrize("config", [*PRESETS.values(), TwilightConfig(**CHANGED)])

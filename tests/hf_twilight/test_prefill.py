@@ -48,7 +48,9 @@ def test_prefill_is_sparse_and_near_the_dense_answer(model: Any) -> None:
     sparse, cache = logits(model, ids)
     stats = cache.prefill_stats()
     assert [row["layer"] for row in stats] == [0, 1]
-    assert all(row["density"] < 0.95 and min(row["mass"]) >= 0.9 for row in stats)  # random weights hardly concentrate
+    assert all(
+        max(row["density"]) < 0.95 and min(row["mass"]) >= 0.9 for row in stats
+    )  # random weights hardly concentrate
     drift = (dense.softmax(-1) * (dense.log_softmax(-1) - sparse.log_softmax(-1))).sum(-1)
     assert 0 < float(drift.mean()) < 0.01
     assert float(drift[:, :32].max()) < 1e-6  # these see nothing but their window
@@ -100,7 +102,7 @@ def test_prefill_of_the_embedded_model_is_sparse_and_near_lossless(dtype: torch.
             sparse = model(ids, past_key_values=cache, logits_to_keep=200).logits.float().log_softmax(-1)
     stats = cache.prefill_stats()
     assert len(stats) == 28
-    assert sum(row["density"] for row in stats) / 28 < 0.5
+    assert sum(sum(row["density"]) for row in stats) / (28 * 3) < 0.5
     assert float((dense.exp() * (dense - sparse)).sum(-1).mean()) < 0.01
 
 

@@ -134,3 +134,16 @@ def test_snapkv_chooses_anew_for_each_prompt(model: LlamaForCausalLM, decode: De
         model(ids[:, 290:310], attention_mask=mask[:, :310], past_key_values=cache)
     assert (state.pages > pages).all()
     assert not torch.equal(state.tensors["chosen"][:, :, : first.shape[2]], first)
+
+
+def test_snapkv_sees_a_sparse_prompt(model: LlamaForCausalLM) -> None:
+    ids, mask = _inputs()
+    settings = TwilightConfig(**{**SMALL, **SETTINGS["snapkv"], "alpha": 0.9, "min_prefill_len": 0})
+    cache = TwilightCache(model.config, settings)
+    with torch.inference_mode():
+        model(ids[:, :300], attention_mask=mask[:, :300], past_key_values=cache)
+    layer = cache.twilight_layers[1]
+    assert layer.prefill.stats() is not None
+    assert layer.store is not None
+    assert (layer.store.selector_state.pages > 0).all()
+    assert layer.store.selector_state.tensors["chosen"].any()

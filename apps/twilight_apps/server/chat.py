@@ -137,6 +137,8 @@ class Chat:
 def _prepare(service: Service, request: ChatRequest) -> tuple[list[int], Grammar | None]:
     """Return the prompt and what the answer may be; runs on a worker thread."""
     service.check_tokens(request, [])
+    if request.logprobs:
+        service.vocabulary.prepare()
     prompt = service.prompts.chat(request)
     wanted = request.response_format
     if isinstance(wanted, JsonSchema):

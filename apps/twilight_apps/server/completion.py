@@ -110,6 +110,8 @@ def _prepare(service: Service, request: CompletionRequest) -> tuple[list[list[in
     """Return the prompts' tokens and, for ``echo``, their texts; runs on a worker thread."""
     given = request.prompts
     service.check_tokens(request, [prompt for prompt in given if not isinstance(prompt, str)])
+    if request.logprobs is not None:
+        service.vocabulary.prepare()
     words = service.prompts
     tokens = [words.tokens(prompt) if isinstance(prompt, str) else prompt for prompt in given]
     if not request.echo:

@@ -11,6 +11,7 @@ import logging
 import re
 import time
 import uuid
+from urllib.parse import quote
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -132,7 +133,8 @@ def _log(scope: Scope, status: int, seconds: float) -> None:
     job: Job | None = scope["state"].get("job")
     tokens = "" if job is None else f", {job.num_prompt_tokens} + {job.num_new_tokens} tokens"
     level = logging.DEBUG if scope["path"] in _PROBES else logging.INFO
-    path, request_id = scope["path"].encode("ascii", "backslashreplace").decode(), scope["state"]["request_id"]
+    path = quote(scope["path"])  # what a client sends cannot begin a line of its own
+    request_id = scope["state"]["request_id"]
     access_log.log(level, "%s %s %d in %.2f s%s (%s)", scope["method"], path, status, seconds, tokens, request_id)
 
 

@@ -43,7 +43,22 @@ class Vocabulary:
     @cached_property
     def _backend(self) -> LLTokenizer:
         # half a second for 50,000 tokens: built when the first request needs it
-        return from_tokenizer(self._tokenizer, n_vocab=self._num_tokens, eos_token=self._end_tokens or None)  # type: ignore[arg-type]
+        tokenizer: Any = self._tokenizer
+        try:
+            return from_tokenizer(tokenizer, n_vocab=self._num_tokens, eos_token=self._end_tokens or None)
+        except ValueError as error:
+            raise ApiError(
+                400, f"this model's tokenizer cannot serve grammars, tools or logprobs: {error}", code="no_grammar"
+            ) from error  # fmt: skip
+
+    def prepare(self) -> None:
+        """Build what the first request needs, here and now.
+
+        Raises:
+            ApiError: 400, a tokenizer that llguidance does not take.
+        """
+        with self._lock:
+            _ = self._backend
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return a token's bytes, which need not be whole characters; an end token's are its name."""

@@ -84,7 +84,7 @@ class Metrics:
 
     def _record_choice(self, choice: Choice, started: float) -> None:
         done = choice.completion
-        reason = done.finish_reason if done is not None else "cancelled"
+        reason = done.finish_reason if done is not None else "error" if choice.handle.error else "cancelled"
         self._success.labels(self._model, reason).inc()
         if done is not None:
             self._prompt.observe(done.prompt_tokens)

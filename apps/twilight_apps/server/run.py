@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from hf_twilight.engine import Engine
+from hf_twilight.engine import Engine, SamplingParams
 
 from .. import models, tables
 from .app import create_app
@@ -91,11 +91,21 @@ def run(served: ServedModel, address: Address, limits: Limits) -> None:
     listener = listen(address.host, address.port, stall_s=limits.stall_s)  # first: a taken port fails at once
     with listener:
         model, tokenizer = models.load(served.model, served.dtype), models.load_tokenizer(served.model)
+        _warm_up(model, tokenizer, served.settings)
         with Engine(model, tokenizer, settings=served.settings, **vars(served.engine)) as engine:
             service = build_service(served.name or served.model, engine, model, tokenizer, limits, template)
             _introduce(service, model, served.settings_name, listener, address)
             serve(service, listener, address.api_key)
     tables.say("stopped")
+
+
+def _warm_up(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: TwilightConfig) -> None:
+    """Pack and read a page on an engine of its own, so that no client waits for kernels to be compiled."""
+    layout = settings.layout
+    length = layout.num_sinks + layout.window + 2 * layout.page_size
+    with Engine(model, tokenizer, settings=settings, max_running=1, max_cache_tokens=2 * length) as engine:
+        prompt = [0] * min(length, engine.context - 2)
+        engine.generate([prompt], SamplingParams(max_tokens=2, ignore_eos=True), progress=False)
 
 
 def build_service(

@@ -241,7 +241,10 @@ class ChatRequest(Sampling):
             raise ValueError("tool_choice must come with tools; send tools, or leave it out")
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
             raise ValueError(f"tool_choice must name one of {', '.join(names)}")
-        if self.can_call_tools and self.response_format is not None and self.response_format.type != "text":
+        wants_json = self.response_format is not None and self.response_format.type != "text"
+        if self.ignore_eos and (wants_json or self.can_call_tools):
+            raise ValueError("ignore_eos cannot go with response_format or tools, whose answers have an end")
+        if self.can_call_tools and wants_json:
             raise ValueError("response_format and tools cannot be asked for at once; set tool_choice to none")
         return self
 

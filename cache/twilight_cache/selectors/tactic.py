@@ -9,16 +9,14 @@ Deviations. *Runs*: the paper clusters the whole prompt, attends to everything g
 each run is clustered by itself: full runs merge into a longer one as pages arrive. So every packed token is clustered,
 at most four times in all, and the clusters depend on the packed tokens alone, not on how they were fed. *Tail*: the
 paper fits ``a / x + b`` to exact weights of the first 2 % of tokens and of two samples. Exact logits of scattered
-tokens cost more than those of whole pages in our layout, so the logits of a cluster are taken as normal about
-``q . centroid``, of variance ``|q|^2`` times its mean spread a channel: each token counts as the centroid plus half
-the variance, or, where logits spread so far that the largest alone counts, plus that one's share of its excess. On
-the embedded model this reaches what it is asked for where the fit falls short of it, at as many tokens. *Start*:
-every 16th key, not random ones, and five iterations.
+tokens cost more than those of whole pages in our layout, so a cluster's mass is taken as that of ``count`` tokens at
+``q . centroid`` plus half the variance of the logits within it (``|q|^2`` times its mean spread a channel), which is
+the mean of a log-normal. On the embedded model this reaches what it is asked for where the fit falls short of it, at
+as many tokens. *Start*: every 16th key, not random ones, and five iterations.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +31,6 @@ from .selector import LayerView, Selection
 
 CLUSTER_TOKENS = 16  # on average
 _RUNS = (1024, 256, 64)  # tokens that are clustered together
-_FEW = math.sqrt(2 * math.log(CLUSTER_TOKENS))  # deviation of logits from which the largest alone counts
 
 
 @dataclass(frozen=True)
@@ -67,9 +64,7 @@ class Tactic:
         state, q = layer.state.tensors, layer.grouped(query)  # [B, K, G, D]
         centroids = state["centroids"][:, :, :most].flatten(2, 3).float()  # [B, K, C, D]
         spread = state["spread"][:, :, :most].flatten(2, 3).unsqueeze(2)
-        variance = q.square().sum(-1, keepdim=True) * spread  # [B, K, G, C]
-        excess = torch.where(variance < _FEW**2, variance / 2, variance.sqrt() * _FEW - _FEW**2 / 2)
-        scores = q @ centroids.transpose(-1, -2) + excess
+        scores = q @ centroids.transpose(-1, -2) + q.square().sum(-1, keepdim=True) * spread * 0.5  # [B, K, G, C]
         member = (state["member"][:, :, :most].long() + _first_clusters(layer, most)).flatten(2)  # [B, K, S]
         tokens = scores.gather(-1, member[:, :, None].expand(-1, -1, scores.shape[2], -1)).flatten(1, 2)
         absent = torch.arange(tokens.shape[-1], device=tokens.device) >= (layer.num_pages * layer.page_size).view(-1, 1)

@@ -40,6 +40,8 @@ class FakeHandle:
         self.error: Exception | None = None
         self._engine = engine
         self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
         self._thread.start()
 
     def cancel(self) -> None:
@@ -150,8 +152,9 @@ class FakeEngine:
         if len(self.live) >= self.capacity:
             raise QueueFull(f"{self.capacity} requests are in flight", retry_after_s=2.5)
         handle = FakeHandle(self, prompt, params, request_id or "")
-        self.live.add(handle)
+        self.live.add(handle)  # before its thread can end
         self.seen.append(handle)
+        handle.start()
         return handle
 
     def next_token(self, prompt: Sequence[int], ids: list[int], params: SamplingParams) -> tuple[int, torch.Tensor]:

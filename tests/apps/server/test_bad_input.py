@@ -77,6 +77,7 @@ def test_body_that_is_no_json(running: Any, body: bytes) -> None:
         ({"top_logprobs": 2}, "body"),
         ({"tool_choice": "required"}, "body"),
         ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, "tools.0"),
+        ({"ignore_eos": True, "response_format": {"type": "json_object"}}, "body"),
         ({"max_tokens": 1, "max_completion_tokens": 1}, "body"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "body"),
     ],
@@ -157,6 +158,8 @@ def test_fault_in_the_engine_fails_that_request(start_server: Callable[..., Any]
             lines = [line for line in client.post("/v1/chat/completions", json=body).text.splitlines() if line]
         assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "engine_error"
         assert lines[-1] == "data: [DONE]"
+        with running.client() as client:
+            assert 'request_success_total{finished_reason="error",model_name="tiny"} 2.0' in client.get("/metrics").text
         running.engine.fault = None
         assert running.chat().status_code == 200
 

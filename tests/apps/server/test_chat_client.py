@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,6 +66,18 @@ def test_wrong_arguments(arguments: list[str], expected: str) -> None:
     result = _chat("", *arguments)
     assert result.exit_code == 2
     assert expected in result.stderr
+
+
+def test_model_in_this_process_answers(tiny_model: str, tmp_path: Path) -> None:
+    result = _chat("hello\n", "--model", tiny_model)
+    assert result.exit_code == 2
+    assert "must have a chat template" in result.stderr
+    folder = tmp_path / "chatty"
+    shutil.copytree(tiny_model, folder)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    result = _chat("hello\nagain\n", "--model", str(folder), "--max-tokens", "5")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("tokens, first after") == 2
 
 
 def test_answer_that_is_not_read_to_its_end_is_cancelled(start_server: Callable[..., Any]) -> None:

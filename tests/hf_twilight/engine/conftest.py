@@ -28,10 +28,7 @@ SETTINGS = {
     "exact": {"preset": "exact", **SMALL},
     "packed": {"preset": "balanced", **SMALL, "group_size": 16},
     "sparse": {"preset": "balanced", **SMALL, "group_size": 16, "p": 0.8, "min_sparse_len": 16, "dense_layers": (0,)},
-    "quest": {
-        "preset": "balanced", **SMALL, "group_size": 16, "p": 0.9, "min_sparse_len": 16, "dense_layers": (),
-        "selector": "quest", "candidate_tokens": 16,
-    },
+    "layers": {"preset": "balanced", **SMALL, "group_size": 16, "layers": {1: {"key_bits": 8, "value_bits": 4}}},
     "mixed": {"preset": "balanced", **SMALL, "value_bits": 16, "num_sinks": 0},
 }  # fmt: skip
 

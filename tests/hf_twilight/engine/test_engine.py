@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from hf_twilight.engine import Engine, EngineClosed, QueueFull, SamplingParams
 
@@ -230,6 +230,7 @@ def test_the_context_ends_the_answer(make_engine: Callable[..., Engine]) -> None
         ({"max_running": 0}, "max_running must be a whole number of at least 1, got 0"),
         ({"max_cache_tokens": 3}, "max_cache_tokens must be a whole number of at least 16"),
         ({"settings": "balancd"}, "did you mean 'balanced'"),
+        ({"settings": {"selector": "quest"}}, "selector must be 'full', got 'quest'"),
         ({"settings": {"num_sinks": 65}}, "num_sinks must be at most page_size=64"),
     ],
 )
@@ -240,23 +241,7 @@ def test_options_out_of_range_are_refused(
         make_engine(**options)
 
 
-def test_models_that_cannot_be_served_are_refused(make_engine: Callable[..., Engine]) -> None:
-    sliding = Gemma3TextConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"],
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=r"layers are all full attention, got 'gemma3_text' with DynamicSliding"):
-        make_engine(model=Gemma3ForCausalLM(sliding).eval())
-    bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2)).eval()
-    with pytest.raises(ValueError, match="attention can be set, got BloomForCausalLM"):
-        make_engine(model=bloom)
-
-
-def test_a_model_in_training_mode_is_refused(llama: LlamaForCausalLM, make_engine: Callable[..., Engine]) -> None:
-    with pytest.raises(ValueError, match=r"call model.eval\(\)"):
-        make_engine(model=llama.train())
-
-
+@pytest.mark.slow
 def test_soak_leaks_no_page_and_answers_right(make_engine: Callable[..., Engine], make_llama: Any) -> None:
     """2,000 requests of mixed lengths, a fifth of them cancelled at random times, over a cache that is too small."""
     model = make_llama(num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_attention_heads=2)
@@ -287,3 +272,19 @@ def test_soak_leaks_no_page_and_answers_right(make_engine: Callable[..., Engine]
     assert not engine._worker.live and not engine._worker.by_schedule
     engine._scheduler.tree.clear()
     assert engine.stats().pages_used == engine.stats().plain_pages_used == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"skvq_tables": "/nowhere"}, "skvq_tables must be None; use generate for SKVQ"),
+        ({"layers": {0: {"key_bits": 16, "value_bits": 16}}}, r"layers must be raw \(16 bits\) all or none"),
+        ({"layers": {2: {"key_bits": 8}}}, "layers must be below the model's 2, got 2"),
+        ({"calibrated_for": {"vocab_size": 5}}, "calibrated for another model"),
+    ],
+)
+def test_settings_that_the_engine_cannot_serve_are_refused(
+    settings: dict[str, Any], words: str, make_engine: Callable[..., Engine]
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        make_engine(settings=settings)

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from hf_twilight import TwilightCache, TwilightConfig
+from hf_twilight.signature import signature
+
+MIXED: dict[str, Any] = {
+    "key_bits": 2, "value_bits": 2, "page_size": 16, "group_size": 16, "num_sinks": 2, "window": 8,
+    "layers": {1: {"key_bits": 8, "value_bits": 4, "key_clip": 1.0}},
+}  # fmt: skip
+
+
+def test_layers_are_packed_with_their_own_bits(
+    llama: LlamaForCausalLM, make_inputs: Callable[..., dict[str, torch.Tensor]]
+) -> None:
+    cache = TwilightCache(llama.config, MIXED)
+    keys = torch.randn(1, 2, 90, 16, generator=torch.Generator().manual_seed(0))
+    for layer in range(2):
+        cache.update(keys, keys, layer)
+    cache.commit()
+    stores = [layer.store for layer in cache.twilight_layers]
+    assert [(s.key_codec.bits, s.value_codec.bits) for s in stores if s is not None] == [(2, 2), (8, 4)]
+    sizes = [store.num_bytes().codes / (2 * 16 * store.keys.num_pages) for store in stores if store and store.keys]
+    assert sizes == [16 * 2 / 8 * 2, 16 * 8 / 8 + 16 * 4 / 8]  # bytes of a page's token and head
+    errors = [(layer.full()[0] - keys).abs().max() for layer in cache.twilight_layers]
+    assert errors[1] < errors[0] / 20
+
+
+def test_mixed_bits_generate_and_come_back_from_a_file(
+    llama: LlamaForCausalLM, make_inputs: Callable[..., dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    llama.set_attn_implementation("twilight")
+    cache = TwilightCache(llama.config, MIXED, p=1.0)
+    prompt = make_inputs(80)["input_ids"]
+    with torch.inference_mode():
+        llama(prompt, past_key_values=cache)
+        cache.save(tmp_path / "cache.safetensors")
+        loaded = TwilightCache.load(tmp_path / "cache.safetensors", llama.config)
+        assert loaded.settings == cache.settings
+        for token in range(5):
+            step = torch.tensor([[token + 3]])
+            expected, got = (llama(step, past_key_values=c).logits for c in (cache, loaded))
+            assert torch.equal(expected, got)
+
+
+def test_cache_refuses_layers_that_the_model_has_not(llama: LlamaForCausalLM) -> None:
+    with pytest.raises(ValueError, match="layers must be below the model's 2, got 2"):
+        TwilightCache(llama.config, layers={2: {"key_bits": 4}})
+
+
+def test_cache_refuses_settings_calibrated_for_another_model(make_llama: Callable[..., LlamaForCausalLM]) -> None:
+    settings = TwilightConfig(calibrated_for=signature(make_llama().config))
+    TwilightCache(make_llama().config, settings)
+    with pytest.raises(ValueError, match=r"another model: vocab_size 128 \(this model: 96\); calibrate this model"):
+        TwilightCache(make_llama(vocab_size=96).config, settings)
