@@ -7,6 +7,7 @@ import logging
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -94,8 +95,10 @@ def run(served: ServedModel, address: Address, limits: Limits) -> None:
         _warm_up(model, tokenizer, served.settings)
         with Engine(model, tokenizer, settings=served.settings, **vars(served.engine)) as engine:
             service = build_service(served.name or served.model, engine, model, tokenizer, limits, template)
-            _introduce(service, model, served.settings_name, listener, address)
-            serve(service, listener, address.api_key)
+            serve(
+                service, listener, address.api_key,
+                on_start=lambda: _introduce(service, model, served.settings_name, listener, address),
+            )  # fmt: skip
     tables.say("stopped")
 
 
@@ -159,9 +162,13 @@ def listen(host: str, port: int, *, stall_s: float) -> socket.socket:
     return listener
 
 
-def serve(service: Service, listener: socket.socket, api_key: str | None = None) -> None:
-    """Answer on a bound socket until a signal comes, or ``service`` is stopped; drain, then return."""
-    server = Server(service, api_key)
+def serve(service: Service, listener: socket.socket, api_key: str | None, on_start: Callable[[], None]) -> None:
+    """Answer on a bound socket until a signal comes; drain, then return.
+
+    Args:
+        on_start: called once connections are taken.
+    """
+    server = Server(service, api_key, on_start)
     asyncio.run(server.serve(sockets=[listener]))
 
 
@@ -171,7 +178,9 @@ class Server(uvicorn.Server):
     A second signal cuts the wait short. The process ends with status 0, since stopping was asked for.
     """
 
-    def __init__(self, service: Service, api_key: str | None = None) -> None:
+    def __init__(
+        self, service: Service, api_key: str | None = None, on_start: Callable[[], None] = lambda: None
+    ) -> None:
         config = uvicorn.Config(
             create_app(service, api_key), log_config=None, access_log=False, lifespan="off", backlog=_BACKLOG,
             timeout_graceful_shutdown=int(service.limits.drain_s) + 5, server_header=False,
@@ -179,6 +188,13 @@ class Server(uvicorn.Server):
         super().__init__(config)
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         self._service = service
+        self._on_start = on_start
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then say so."""
+        await super().startup(sockets)
+        if self.started:
+            self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop after the first signal, and at once after the second."""
