@@ -8,11 +8,13 @@ sliding layers, soft caps, attention sinks) it is the stock function on full ten
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -119,6 +121,28 @@ def twilight_attention(
     if query.shape[2] > 1:
         layer.observe(query, query.shape[-1] ** -0.5 if scaling is None else scaling)
     return _stock(module, query, key, value, attention_mask, scaling, dropout, kwargs)
+
+
+@contextmanager
+def use_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Let ``model`` attend with the registered function ``name`` inside the block, and as before after it.
+
+    Raises:
+        ValueError: the model does not take other attention functions.
+    """
+    before = model.config._attn_implementation
+    if before != name:
+        model.set_attn_implementation(name)
+    try:
+        if model.config._attn_implementation != name:
+            raise ValueError(
+                f"model must take other attention functions, got {type(model).__name__}, which does not; "
+                "choose another model, or use model.generate"
+            )
+        yield
+    finally:
+        if before != name:
+            model.set_attn_implementation(before)
 
 
 def register() -> None:

@@ -21,12 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from twilight_kernels import key_token_bytes, value_token_bytes
 
+from .attention import use_attention
 from .bit_allocation import KEY_CLIPS, Item, allocate_bits
 from .config import TwilightConfig, as_config
 from .decode_drift import DecodeDrift
 from .layer_drift import LayerDrift
 from .layer_settings import LayerSettings
-from .samples import sample_ids, use_attention
+from .samples import sample_ids
 from .signature import signature
 
 logger = logging.getLogger(__name__)

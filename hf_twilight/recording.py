@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from .attention import twilight_attention, twilight_mask
+from .attention import twilight_attention, twilight_mask, use_attention
 
 RECORDING_NAME = "twilight_recording"
 _RECORD = "_twilight_record"
@@ -34,36 +34,36 @@ class Record:
 
 
 @contextmanager
-def recording(model: PreTrainedModel, last: int) -> Iterator[dict[int, Record]]:
-    """Record every attention layer of the forwards inside; a later forward replaces an earlier one's records.
+def recording(model: PreTrainedModel, last: int, layers: Sequence[int] | None = None) -> Iterator[dict[int, Record]]:
+    """Record attention layers of the forwards inside; a later forward replaces an earlier one's records.
 
     Args:
         model: its attention is switched meanwhile; the computation stays the stock one.
         last: query tokens that are kept.
+        layers: which are recorded; None for all.
     Yields:
         Records by layer.
     Raises:
-        ValueError: ``last`` below 1, or a model that does not take other attention functions.
+        ValueError: ``last`` below 1, a layer that the model does not have, or a model that does not take other
+            attention functions.
     """
     if last < 1:
         raise ValueError(f"last must be at least 1 token, got {last}")
     records: dict[int, Record] = {}
-    before = model.config._attn_implementation
-    model.set_attn_implementation(RECORDING_NAME)
-    if model.config._attn_implementation != RECORDING_NAME:
-        raise ValueError(
-            f"model must take attention functions of others, got {type(model).__name__}, which does not; "
-            "choose another model"
-        )
-    modules = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
-    for module in modules:
-        setattr(module, _RECORD, (records, last))
-    try:
-        yield records
-    finally:
-        for module in modules:
-            delattr(module, _RECORD)
-        model.set_attn_implementation(before)
+    numbered: list[Any] = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+    chosen = [module for module in numbered if layers is None or module.layer_idx in layers]
+    absent = sorted(set(layers or ()) - {module.layer_idx for module in chosen})
+    if absent:
+        count = model.config.get_text_config(decoder=True).num_hidden_layers
+        raise ValueError(f"layer must be 0 to {count - 1}, got {', '.join(map(str, absent))}")
+    with use_attention(model, RECORDING_NAME):
+        for module in chosen:
+            setattr(module, _RECORD, (records, last))
+        try:
+            yield records
+        finally:
+            for module in chosen:
+                delattr(module, _RECORD)
 
 
 def recording_attention(

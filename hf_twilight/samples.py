@@ -1,13 +1,12 @@
-"""What calibration feeds to a model, and how it makes the model attend meanwhile."""
+"""What calibration feeds to a model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .config import TwilightConfig
 
@@ -34,14 +33,3 @@ def sample_ids(
         raise ValueError(f"texts must hold {length * count} tokens, got {len(ids)}; give more text, or less samples")
     places = torch.randperm(len(ids) // length, generator=torch.Generator().manual_seed(seed))[:count]
     return torch.stack([ids[place * length : (place + 1) * length] for place in places.tolist()])
-
-
-@contextmanager
-def use_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Let the model attend with ``name``, and afterwards as before."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)

@@ -21,8 +21,9 @@ from transformers.masking_utils import sdpa_mask
 
 from twilight_kernels.skvq import SkvqCodec, SkvqPages, load_skvq_pages, store_skvq_pages
 
+from .attention import use_attention
 from .config import TwilightConfig
-from .samples import sample_ids, use_attention
+from .samples import sample_ids
 from .signature import signature
 from .skvq_tables import TABLES_NAME, SkvqTable, write_tables
 

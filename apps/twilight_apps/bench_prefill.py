@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hf_twilight import TwilightCache
+from hf_twilight.recording import Record, recording
 from twilight_kernels import _reference, attend_stripes, select_stripes
 
 from . import documents, models, tables, timing
-from .captured import Captured, capture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,11 +74,12 @@ def run(model_name: str, settings: TwilightConfig, plan: Plan, *, text: Path | N
 
 @torch.inference_mode()
 def _layers(model: PreTrainedModel, ids: Tensor, settings: TwilightConfig, plan: Plan) -> list[dict[str, Any]]:
-    captured = capture(model, ids, plan.layers)
-    return [{"layer": layer, **_one_layer(captured[layer], settings)} for layer in plan.layers]
+    with recording(model, ids.shape[1], plan.layers) as records, tables.layer_progress(model, "Reading", 1):
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    return [{"layer": layer, **_one_layer(records[layer], settings)} for layer in plan.layers]
 
 
-def _one_layer(found: Captured, settings: TwilightConfig) -> dict[str, Any]:
+def _one_layer(found: Record, settings: TwilightConfig) -> dict[str, Any]:
     query, keys, values = found.query, found.keys, found.values
     per_kv, stripe_plan = query.shape[1] // keys.shape[1], settings.stripe_plan
     repeated = keys.repeat_interleave(per_kv, 1), values.repeat_interleave(per_kv, 1)
@@ -113,7 +114,7 @@ def _one_layer(found: Captured, settings: TwilightConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _check(found: Captured, settings: TwilightConfig) -> None:
+def _check(found: Record, settings: TwilightConfig) -> None:
     """Compare the last rows with the float64 definition on the same stripes."""
     plan, padding = settings.stripe_plan, torch.zeros(1, dtype=torch.int32)
     query = found.query[:, :, -_CHECKED_ROWS:]

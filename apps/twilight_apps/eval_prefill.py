@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_twilight import TwilightCache
+from hf_twilight.drift import compare
 
 from . import models, tables
 from .eval_plots import new_figure, save
@@ -39,16 +40,16 @@ def run(
     limit = models.trained_context(model)
     if limit is not None and context > limit:
         raise ValueError(f"context must be at most {limit}, what the model was made for, got {context}")
-    settings = [models.parse_settings("exact", [*changes, f"alpha={alpha}", "dense_layers=[0, 1]"]) for alpha in alphas]
-    found = [e for name, text in texts.items() for e in excerpts(tokenizer, name, text, context, count, seed)]
+    settings = [models.parse_settings("exact", ["dense_layers=[0, 1]", *changes, f"alpha={alpha}"]) for alpha in alphas]
+    found = [e for name, text in texts.items() for e in excerpts(tokenizer, name, text, context + 1, count, seed)]
     records: list[dict[str, Any]] = []
     layers: list[dict[str, Any]] = []
     with tables.progress("Prefill", len(found) * (1 + len(settings))) as bar:
         for excerpt in found:
-            dense = _log_probs(model, excerpt, None)[0]
+            dense = _logits(model, excerpt, None)[0]
             bar.advance(bar.task_ids[0])
             for config in settings:
-                sparse, layers = _log_probs(model, excerpt, config)
+                sparse, layers = _logits(model, excerpt, config)
                 records.append(_record(excerpt, config.alpha, dense, sparse, layers))
                 bar.advance(bar.task_ids[0])
     return {
@@ -63,7 +64,7 @@ def print_results(result: dict[str, Any]) -> None:
     for alpha in dict.fromkeys(r["alpha"] for r in result["records"]):
         rows.append(["mean", *_cells(_mean([r for r in result["records"] if r["alpha"] == alpha]))])
     title = f"{result['model']}, {result['dtype']}, {result['context']:,} tokens: sparse against dense prefill"
-    columns = ["excerpt", "alpha", "KL, next token", f"KL, last {POSITIONS}", "argmax agrees"]
+    columns = ["excerpt", "alpha", "KL, next token", f"KL, last {POSITIONS}", "argmax agrees", "perplexity"]
     columns += ["mass", "worst 5 %", "pairs"]
     tables.print_table(title, columns, rows)
 
@@ -93,29 +94,30 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 @torch.inference_mode()
-def _log_probs(
+def _logits(
     model: PreTrainedModel, excerpt: Excerpt, settings: TwilightConfig | None
 ) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Log-probabilities ``[positions, V]`` of the last next tokens, and what prefill did."""
+    """Logits ``[POSITIONS, V]`` of the last positions but the excerpt's very last, and what prefill did."""
     models.use_attention(model, models.STOCK_ATTENTION if settings is None else models.OUR_ATTENTION)
     cache = models.stock_cache(model) if settings is None else TwilightCache(model.config, settings)
-    out = model(input_ids=excerpt.ids, past_key_values=cache, use_cache=True, logits_to_keep=POSITIONS)
+    out = model(input_ids=excerpt.ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=POSITIONS)
     stats = cache.prefill_stats() if isinstance(cache, TwilightCache) else []
-    return out.logits[0].float().log_softmax(-1), stats
+    return out.logits[0], stats
 
 
 def _record(
     excerpt: Excerpt, alpha: float, dense: Tensor, sparse: Tensor, layers: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    drift = (dense.exp() * (dense - sparse)).sum(-1)
+    drift = compare(dense, sparse, excerpt.ids[0, -POSITIONS:])
 
     def mean(name: str) -> float:
         shares = [share for layer in layers for share in layer[name]]
         return sum(shares) / len(shares) if shares else 1.0
 
     return {
-        "text": excerpt.text, "start": excerpt.start, "alpha": alpha, "kl_next": float(drift[-1]),
-        "kl": float(drift.mean()), "agreement": float((dense.argmax(-1) == sparse.argmax(-1)).float().mean()),
+        "text": excerpt.text, "start": excerpt.start, "alpha": alpha, "kl_next": float(drift.kl[-1]),
+        "kl": float(drift.kl.mean()), "agreement": float(drift.is_same.mean()),
+        "perplexity_change": drift.summary()["perplexity_change"],
         "mass": mean("mass"), "mass_q05": mean("mass_q05"), "density": mean("density"), "sparse_layers": len(layers),
     }  # fmt: skip
 
@@ -123,10 +125,10 @@ def _record(
 def _cells(record: dict[str, Any]) -> list[str]:
     return [
         f"{record['alpha']:g}", f"{record['kl_next']:.5f}", f"{record['kl']:.5f}", f"{record['agreement']:.1%}",
-        f"{record['mass']:.1%}", f"{record['mass_q05']:.1%}", f"{record['density']:.1%}",
+        f"{record['perplexity_change']:+.2%}", f"{record['mass']:.1%}", f"{record['mass_q05']:.1%}", f"{record['density']:.1%}",
     ]  # fmt: skip
 
 
 def _mean(records: list[dict[str, Any]]) -> dict[str, Any]:
-    names = ("alpha", "kl_next", "kl", "agreement", "mass", "mass_q05", "density")
+    names = ("alpha", "kl_next", "kl", "agreement", "perplexity_change", "mass", "mass_q05", "density")
     return {name: sum(r[name] for r in records) / len(records) for name in names}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 from twilight_cache import PagePool, PrefixTree
 
-from ..attention import ATTENTION_NAME, STEP_ARGUMENT
+from ..attention import STEP_ARGUMENT
 from .plan import ScheduledRequest
 from .scheduler import Scheduler
 
@@ -66,23 +64,6 @@ def end_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
     if tokenizer is not None and getattr(tokenizer, "eos_token_id", None) is not None:
         ids.append(tokenizer.eos_token_id)
     return frozenset(ids)
-
-
-@contextmanager
-def attention_switched(model: PreTrainedModel) -> Iterator[None]:
-    """Use our attention function, which is the stock one for every forward that is not the engine's."""
-    before = model.config._attn_implementation
-    if before != ATTENTION_NAME:
-        model.set_attn_implementation(ATTENTION_NAME)
-    try:
-        if model.config._attn_implementation != ATTENTION_NAME:
-            raise ValueError(
-                f"the engine takes models whose attention can be set, got {type(model).__name__}; use model.generate"
-            )
-        yield
-    finally:
-        if before != ATTENTION_NAME:
-            model.set_attn_implementation(before)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from twilight_cache import PagePool, PrefixTree
 from twilight_kernels import release_threads
 
+from ..attention import ATTENTION_NAME, use_attention
 from ..config import TwilightConfig, as_config
 from ..signature import require_fit
-from .eligibility import attention_switched, check_model, context_of, end_tokens, layer_shapes, probe, vocab_size
+from .eligibility import check_model, context_of, end_tokens, layer_shapes, probe, vocab_size
 from .handle import Completion, RequestHandle
 from .plan import ScheduledRequest
 from .runner import Runner, layer_codecs
@@ -96,7 +97,7 @@ class Engine:
             max_cache_tokens = max(max_running * _DEFAULT_TOKENS, self.context)
         _require_whole("max_cache_tokens", max_cache_tokens, layout.page_size)
         self.max_cache_tokens = max_cache_tokens
-        attention = attention_switched(model)
+        attention = use_attention(model, ATTENTION_NAME)
         attention.__enter__()
         try:
             with torch.inference_mode():

@@ -31,6 +31,14 @@ def test_records_reproduce_the_layers_attention(llama: LlamaForCausalLM) -> None
     assert torch.allclose(out, seen[-1][:, -1], atol=1e-5)
 
 
+def test_records_only_the_layers_that_are_asked_for(llama: LlamaForCausalLM) -> None:
+    with torch.inference_mode(), recording(llama, last=1, layers=[1]) as records:
+        llama(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False)
+    assert list(records) == [1]
+    with pytest.raises(ValueError, match="layer must be 0 to 1, got 2"), recording(llama, last=1, layers=[0, 2]):
+        pass
+
+
 def test_the_model_is_as_before_even_after_an_error(llama: LlamaForCausalLM) -> None:
     llama.set_attn_implementation("sdpa")
     with pytest.raises(RuntimeError, match="stop"), recording(llama, last=1):

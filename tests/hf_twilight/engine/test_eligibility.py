@@ -73,7 +73,10 @@ def test_families_of_full_attention_are_served(
             "got 'gemma2' .*its attention has soft caps, sinks or biases of its own",
         ),
         (MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2), "all full attention, got 'mamba' with"),
-        (BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2), "attention can be set, got BloomForCausalLM"),
+        (
+            BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2),
+            "take other attention functions, got BloomForCausalLM",
+        ),
     ],
     ids=["sliding", "soft cap", "state space", "alibi"],
 )
