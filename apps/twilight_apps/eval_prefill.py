@@ -125,7 +125,8 @@ def _record(
 def _cells(record: dict[str, Any]) -> list[str]:
     return [
         f"{record['alpha']:g}", f"{record['kl_next']:.5f}", f"{record['kl']:.5f}", f"{record['agreement']:.1%}",
-        f"{record['perplexity_change']:+.2%}", f"{record['mass']:.1%}", f"{record['mass_q05']:.1%}", f"{record['density']:.1%}",
+        f"{record['perplexity_change']:+.2%}", f"{record['mass']:.1%}", f"{record['mass_q05']:.1%}",
+        f"{record['density']:.1%}",
     ]  # fmt: skip
 
 

@@ -93,7 +93,8 @@ def test_field_out_of_range(running: Any, change: dict[str, Any], param: str) ->
 def test_number_that_is_none_is_refused(running: Any) -> None:
     text = json.dumps(CHAT)[:-1]
     for field in ('"temperature": NaN}', '"top_p": Infinity}', '"temperature": 1e400}'):
-        _error(running.post("/v1/chat/completions", content=f"{text}, {field}", headers=JSON), 422)
+        error = _error(running.post("/v1/chat/completions", content=f"{text}, {field}", headers=JSON), 422)
+        assert error["param"] == field.split('"')[1]
 
 
 def test_unknown_model_and_path(running: Any) -> None:

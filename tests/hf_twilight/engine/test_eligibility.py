@@ -75,7 +75,7 @@ def test_families_of_full_attention_are_served(
         (MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2), "all full attention, got 'mamba' with"),
         (
             BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2),
-            "take other attention functions, got BloomForCausalLM",
+            "attention functions, got BloomForCausalLM",
         ),
     ],
     ids=["sliding", "soft cap", "state space", "alibi"],
