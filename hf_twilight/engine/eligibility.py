@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from twilight_cache import PagePool, PrefixTree
+from twilight_kernels import has_kernels
 
 from ..attention import STEP_ARGUMENT
 from .plan import ScheduledRequest
@@ -35,8 +36,11 @@ def check_model(model: PreTrainedModel) -> None:
         raise ValueError(f"the engine takes decoder-only models, got encoder-decoder {kind!r}; use model.generate")
     if model.training:
         raise ValueError("model must be in eval mode, got one in training mode; call model.eval()")
-    if model.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"model must be float32, bfloat16 or float16, got {model.dtype}; load it with another dtype")
+    if not has_kernels(model.device, model.dtype):
+        raise ValueError(
+            f"model must be float32, bfloat16 or float16 where {model.device.type} has kernels, got {model.dtype}; "
+            "load it with another dtype, and see `hf-twilight env` for the kernels of this machine"
+        )
     layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
     others = sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer})
     if others or not layers:

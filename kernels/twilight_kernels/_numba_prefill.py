@@ -44,7 +44,7 @@ from ._numba_stripe_block import (
     WINDOW,
 )
 from ._numba_stripe_select import scratch, select_strip
-from .layout import StripePlan
+from .stripe_plan import StripePlan
 
 
 def select_stripes(
