@@ -124,6 +124,10 @@ def prefill(
     changes: options.Set = options.NO_CHANGES,
     layers: Annotated[list[int], typer.Option("--layer", help="Layers to time alone; repeatable.")] = PREFILL_LAYERS,
     rounds: Annotated[int, typer.Option(help="Whole forwards of each cache; 0 times layers only.")] = 2,
+    whole_only: Annotated[bool, typer.Option("--whole-only", help="Time no layers, whole forwards only.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for bench-prefill.json, .csv and .png; made if missing.")
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="A text file; default: Python's language reference.")] = None,
     threads: options.Threads = None,
     json: options.Json = False,
@@ -139,13 +143,23 @@ def prefill(
     Examples:
       hf-twilight bench prefill --context 8000 --dtype bfloat16 --dtype float32 --json
       hf-twilight bench prefill --context 32000 --rounds 0 --layer 12 --set alpha=0.9
+      hf-twilight bench prefill --context 1000 --context 4000 --context 16000 --whole-only --out results
     """
     with session(verbose=verbose, quiet=quiet, threads=threads):
-        from .bench_prefill import Plan, run
+        from .bench_prefill import Plan, draw, run
+        from .eval_output import require_plotting, write
         from .models import parse_settings
+        from .tables import say
 
-        plan = Plan(tuple(contexts), tuple(dtypes), tuple(layers), rounds)
+        if (whole_only and not rounds) or (out is not None and not rounds):
+            raise ValueError("rounds must be at least 1 with --whole-only or --out, got 0")
+        require_plotting(out)
+        plan = Plan(tuple(contexts), tuple(dtypes), () if whole_only else tuple(layers), rounds)
         result = run(model, parse_settings(preset, changes), plan, text=text)
+        if out is not None:
+            rows = [{k: v for k, v in found.items() if k != "layers"} for found in result["results"]]
+            paths = write(out, "bench-prefill", result, rows, lambda path: draw(result, path))
+            say(f"written: {', '.join(map(str, paths))}")
         if json:
             print_json("bench prefill", **result)
 
