@@ -63,6 +63,7 @@ class TwilightLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Learn shape, dtype and device from the first tensors, ``[B, K, T, D]`` with T possibly 0."""
         self.dtype, self.device = key_states.dtype, key_states.device
+        self.has_kernels = has_kernels(self.device, self.dtype)
         self.num_heads, self.key_dim, self.value_dim = (
             key_states.shape[1],
             key_states.shape[-1],
@@ -106,7 +107,7 @@ class TwilightLayer(CacheLayerMixin):
 
     def can_decode(self, padding: Sequence[int]) -> bool:
         """Whether one query token a row, in rows padded like this, can be answered from pages."""
-        if self._pending is None or self.settings.is_exact or not has_kernels(self.device, self.dtype):
+        if self._pending is None or self.settings.is_exact or not self.has_kernels:
             return False
         if self.store is None or not self.store.has_kernels:
             return False
