@@ -184,6 +184,7 @@ def serve(
     context: Annotated[int, typer.Option(help="Tokens of w10's prompts.")] = 1000,
     rounds: Annotated[int, typer.Option(help="Runs of each entrant.")] = 1,
     limit_s: Annotated[float, typer.Option(help="Seconds after which a run is stopped.")] = 180.0,
+    total_s: Annotated[float, typer.Option(help="Seconds that everything may take.")] = 900.0,
     memory_share: Annotated[
         float, typer.Option(help="Of the machine's memory, for the cache of cb; Transformers' own default is 0.6.")
     ] = 0.25,
@@ -204,13 +205,13 @@ def serve(
       hf-twilight bench serve --workload w10 --requests 4 --context 500 --entrant twilight --entrant cb-tuned
     """
     with session(verbose=verbose, quiet=quiet, threads=threads):
-        from .bench_serve import run
+        from .bench_serve import Effort, run
         from .models import parse_settings
         from .workloads import Sizes
 
         sizes = Sizes(requests=requests, shared=shared, answer=answer, rate=rate, context=context)
         result = run(
-            model, dtype, parse_settings(preset, changes), workloads, entrants, sizes, rounds=rounds, limit_s=limit_s,
+            model, dtype, parse_settings(preset, changes), workloads, entrants, sizes, Effort(rounds, limit_s, total_s),
             memory_share=memory_share, text=text,
         )  # fmt: skip
         if json:
