@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from twilight_cache import LayerBytes, LayerStore, PagePool, SequenceBatch, Step
-from twilight_kernels import KeyCodec, ValueCodec
+from twilight_kernels import KeyCodec, ValueCodec, backend_name
 
 from .attention import ATTENTION_NAME, Handle, pin
 from .config import TwilightConfig, as_config
@@ -118,7 +118,7 @@ class TwilightLayer(CacheLayerMixin):
         """Whether one query token a row, in rows padded like this, can be answered from pages."""
         if self._pending is None or self.settings.is_exact or self.dtype not in _KERNEL_DTYPES:
             return False
-        if self.device.type != "cpu" or self.store is None or not self.store.has_kernels:
+        if backend_name(self.device) == "reference" or self.store is None or not self.store.has_kernels:
             return False
         start = self._pending[2]
         return self.sequences.accepts_padding(padding, start) and max(padding) <= start
@@ -140,7 +140,7 @@ class TwilightLayer(CacheLayerMixin):
 
     def observe(self, queries: Tensor, scaling: float) -> None:
         """Show the selector the queries ``[B, H, T, D]`` of the tokens that were stored last."""
-        if self.store is not None and self.device.type == "cpu":
+        if self.store is not None and backend_name(self.device) != "reference":
             self.store.observe(queries, scaling)
 
     def full(self) -> tuple[Tensor, Tensor]:

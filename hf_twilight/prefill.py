@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twilight_kernels import StripePlan, attend_stripes, select_stripes
+from twilight_kernels import StripePlan, attend_stripes, backend_name, select_stripes
 
 from .config import TwilightConfig
 
@@ -45,13 +45,13 @@ class SparsePrefill:
 
         Fewer rows than a strip have too few samples to choose by; few keys are read faster than chosen.
         """
-        if not self.is_on or query.device.type != "cpu" or query.dtype not in _DTYPES:
+        if not self.is_on or backend_name(query.device) == "reference" or query.dtype not in _DTYPES:
             return False
         return keys.shape[2] >= self.min_keys and query.shape[2] >= self.plan.strip
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, padding: Sequence[int]) -> Tensor:
         """Attend the last T of S positions: ``[B, H, T, D]`` to ``[B, H, T, Dv]``; rows of padding are zero."""
-        pads = torch.tensor(padding, dtype=torch.int32)
+        pads = torch.tensor(padding, dtype=torch.int32, device=query.device)
         mask, found = select_stripes(query, keys, self.plan, scaling=scaling, padding=pads)
         self._reports.append(_Report(found, query.shape[2], keys.shape[2], tuple(padding)))
         return attend_stripes(query, keys, values, mask, self.plan, scaling=scaling, padding=pads)
@@ -73,6 +73,7 @@ class SparsePrefill:
         done, pairs = torch.zeros(self._reports[0].found.shape[1]), 0
         strips: list[Tensor] = []  # [K, 4]
         for report in self._reports:
+            found = report.found.cpu()
             for b, pad in enumerate(report.padding):
                 lead = report.total - report.rows - pad
                 for n, (first, end) in enumerate(self.plan.strips(report.rows, report.total, pad)):
@@ -80,7 +81,7 @@ class SparsePrefill:
                     slab = max(0, position - self.plan.window)
                     always = min(self.plan.num_sinks, slab) + position - slab
                     triangle = own * (own + 1) // 2
-                    strips.append(report.found[b, :, n])
+                    strips.append(found[b, :, n])
                     done += own * (always + strips[-1][:, 0]) + triangle
                     pairs += own * position + triangle
         mean = torch.stack(strips).mean(0)
