@@ -49,10 +49,10 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: constraints.txt pyproject.toml
-	$(call install,$(VENV),constraints.txt,smollm2$(comma)eval$(comma)serve$(comma)dev)
+	$(call install,$(VENV),constraints.txt,smollm2$(comma)gpu$(comma)eval$(comma)serve$(comma)dev)
 
 $(VENV_OLDEST)/.installed: constraints-oldest.txt pyproject.toml
-	$(call install,$(VENV_OLDEST),constraints-oldest.txt,smollm2$(comma)serve$(comma)dev)
+	$(call install,$(VENV_OLDEST),constraints-oldest.txt,smollm2$(comma)gpu$(comma)serve$(comma)dev)
 
 comma := ,
 

@@ -131,7 +131,7 @@ class TwilightLayer(CacheLayerMixin):
 
     def observe(self, queries: Tensor, scaling: float) -> None:
         """Show the selector the queries ``[B, H, T, D]`` of the tokens that were stored last."""
-        if self.store is not None and self.device.type == "cpu":
+        if self.store is not None and self.has_kernels:
             self.store.observe(queries, scaling)
 
     def full(self) -> tuple[Tensor, Tensor]:

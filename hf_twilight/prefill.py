@@ -49,7 +49,7 @@ class SparsePrefill:
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, padding: Sequence[int]) -> Tensor:
         """Attend the last T of S positions: ``[B, H, T, D]`` to ``[B, H, T, Dv]``; rows of padding are zero."""
-        pads = torch.tensor(padding, dtype=torch.int32)
+        pads = torch.tensor(padding, dtype=torch.int32, device=query.device)
         mask, found = select_stripes(query, keys, self.plan, scaling=scaling, padding=pads)
         self._reports.append(_Report(found, query.shape[2], keys.shape[2], tuple(padding)))
         return attend_stripes(query, keys, values, mask, self.plan, scaling=scaling, padding=pads)
@@ -71,6 +71,7 @@ class SparsePrefill:
         done, pairs = torch.zeros(self._reports[0].found.shape[1]), 0
         strips: list[Tensor] = []  # [K, 4]
         for report in self._reports:
+            found = report.found.cpu()
             for b, pad in enumerate(report.padding):
                 lead = report.total - report.rows - pad
                 for n, (first, end) in enumerate(self.plan.strips(report.rows, report.total, pad)):
@@ -78,7 +79,7 @@ class SparsePrefill:
                     slab = max(0, position - self.plan.window)
                     always = min(self.plan.num_sinks, slab) + position - slab
                     triangle = own * (own + 1) // 2
-                    strips.append(report.found[b, :, n])
+                    strips.append(found[b, :, n])
                     done += own * (always + strips[-1][:, 0]) + triangle
                     pairs += own * position + triangle
         mean = torch.stack(strips).mean(0)

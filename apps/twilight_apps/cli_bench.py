@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from . import options
+from .cli_bench_gpu import aot
 from .environment import print_json
 from .session import session
 
@@ -24,6 +25,7 @@ bench = typer.Typer(
     rich_markup_mode="rich",
     help="Time Twilight against baselines that run in the same minutes, round by round.",
 )
+bench.command("aot")(aot)
 
 
 @bench.command("decode")

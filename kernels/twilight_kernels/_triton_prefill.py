@@ -1,0 +1,181 @@
+"""Sparse prefill on GPUs: choosing stripes and attending to them (definitions in ``_reference_prefill``).
+
+Nothing waits for the device: grids cover the strips that there can be at most, and programs whose strip does not exist
+leave at once. Scratch would grow with the square of the context, so strips go in waves that share it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ._triton_aot import AotCase
+from ._triton_stripe_attend import attend_kernel, list_kernel
+from ._triton_stripe_mass import column_kernel, lse_kernel
+from ._triton_stripe_select import choose_kernel
+from .stripe_plan import StripePlan
+
+_SCRATCH_BYTES = 512 << 20
+_MASS_SPAN = 1024  # keys of a program of column_kernel
+_SPAN = 1024  # keys that listing and marking look at together
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_REGISTERS = 255  # left to itself, ptxas spills a little to stay at 128
+# of products of float32 numbers: three products of the tensor cores, whose error is float32's own
+_PRECISION = {torch.bfloat16: "ieee", torch.float16: "ieee", torch.float32: "tf32x3"}
+
+
+def select_stripes(
+    query: Tensor, keys: Tensor, plan: StripePlan, *, scaling: float, padding: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See ``_reference_prefill.select_stripes``."""
+    query, keys, padding = _last_contiguous(query), _last_contiguous(keys), padding.contiguous()
+    (batch, heads, rows, dim), (kv_heads, total) = query.shape, keys.shape[1:3]
+    strips, tasks = plan.max_strips(rows), batch * kv_heads
+    mask = torch.zeros(batch, kv_heads, strips, -(-total // 8), dtype=torch.uint8, device=query.device)
+    report = torch.zeros(*mask.shape[:3], 4, dtype=torch.float32, device=query.device)
+    shape = _select_shape(dim, query.dtype, heads // kv_heads, plan, kv_heads)
+    wave = _wave(strips, tasks, 8 * total)
+    lines = tasks * wave * shape["CHUNKS"] * shape["HEADS"] * shape["SLOTS"]
+    lse, base, kept = (query.new_empty(lines, dtype=torch.float32) for _ in range(3))
+    column = query.new_empty(tasks * wave * total, dtype=torch.float32)
+    listed = torch.empty_like(column, dtype=torch.int32)
+    strides = (*query.stride()[:3], *keys.stride()[:3])
+    factor, options = scaling / math.log(2), _select_options(shape)
+    for first in range(0, strips, wave):
+        here = min(wave, strips - first)
+        lse_kernel[(here, tasks, shape["CHUNKS"])](
+            query, keys, padding, lse, base, *strides, first, rows, total, factor, **shape, **options
+        )
+        column_kernel[(triton.cdiv(total, _MASS_SPAN), here, tasks)](
+            query, keys, padding, lse, column, *strides, first, rows, total, factor, **shape, SPAN=_MASS_SPAN, **options
+        )
+        choose_kernel[(here, tasks)](
+            query, keys, padding, lse, base, column, listed, kept, mask, report, *strides, first, strips, rows, total,
+            factor, plan.alpha, plan.floor, **shape, SPAN=_SPAN, **options,
+        )  # fmt: skip
+    return mask, report
+
+
+def attend_stripes(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, plan: StripePlan, *, scaling: float, padding: Tensor
+) -> Tensor:
+    """See ``_reference_prefill.attend_stripes``."""
+    query, keys, values = _last_contiguous(query), _last_contiguous(keys), _last_contiguous(values)
+    mask, padding = mask.contiguous(), padding.contiguous()
+    (batch, heads, rows, dim), (kv_heads, total) = query.shape, keys.shape[1:3]
+    value_dim, strips, tasks = values.shape[3], plan.max_strips(rows), batch * kv_heads
+    out = query.new_zeros(batch, rows, heads, value_dim).transpose(1, 2)  # as models go on with it
+    shape = _attend_shape(dim, value_dim, query.dtype, heads // kv_heads, plan, kv_heads)
+    wave = _wave(strips, tasks, 4 * total)
+    listed = torch.empty(tasks * wave * total, dtype=torch.int32, device=query.device)
+    lengths = torch.empty(tasks * wave, dtype=torch.int32, device=query.device)
+    places = [stride for x in (query, keys, values, out) for stride in x.stride()[:3]]
+    parts = plan.strip // shape["BLOCK_T"] * (heads // kv_heads)
+    for first in range(0, strips, wave):
+        here = min(wave, strips - first)
+        list_kernel[(here, tasks)](
+            mask, padding, listed, lengths, first, strips, rows, total, **_list_shape(plan, kv_heads), num_warps=4
+        )
+        attend_kernel[(parts, here, tasks)](
+            query, keys, values, padding, listed, lengths, out, *places, first, rows, total, scaling / math.log(2),
+            **shape, **_attend_options(shape),
+        )  # fmt: skip
+    return out
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _wave(strips: int, tasks: int, strip_bytes: int) -> int:
+    """Strips that run together, so that their scratch, ``strip_bytes`` a task, keeps within bounds."""
+    return max(1, min(strips, _SCRATCH_BYTES // (tasks * strip_bytes)))
+
+
+def _block_dim(dim: int) -> int:
+    return max(16, int(triton.next_power_of_2(dim)))
+
+
+def _select_shape(dim: int, dtype: torch.dtype, q_per_kv: int, plan: StripePlan, kv_heads: int) -> dict[str, Any]:
+    lines = 64 if dtype == torch.float32 or dim > 128 else 128  # of a tile; more would spill
+    slots = triton.next_power_of_2(plan.samples)
+    heads = min(triton.next_power_of_2(q_per_kv), max(1, lines // slots))
+    return {
+        "KV_HEADS": kv_heads, "Q_PER_KV": q_per_kv, "DIM": dim, "STRIP": plan.strip, "SAMPLES": plan.samples,
+        "SLOTS": slots, "WINDOW": plan.window, "SINKS": plan.num_sinks, "HEADS": heads,
+        "CHUNKS": triton.next_power_of_2(triton.cdiv(q_per_kv, heads)), "BLOCK_D": _block_dim(dim),
+        "BLOCK_S": 32 if dtype == torch.float32 or dim > 128 else 64, "PRECISION": _PRECISION[dtype],
+    }  # fmt: skip
+
+
+def _select_options(shape: dict[str, Any]) -> dict[str, int]:
+    is_narrow = shape["PRECISION"] == "ieee" and shape["HEADS"] * shape["SLOTS"] <= 64
+    return {"num_warps": 4 if is_narrow else 8, "num_stages": _stages(shape), "maxnreg": _REGISTERS}
+
+
+def _list_shape(plan: StripePlan, kv_heads: int) -> dict[str, Any]:
+    sinks = triton.next_power_of_2(max(1, plan.num_sinks))
+    return {
+        "KV_HEADS": kv_heads, "STRIP": plan.strip, "WINDOW": plan.window, "SINKS": plan.num_sinks, "SPAN": _SPAN,
+        "SINK_SPAN": sinks,
+    }  # fmt: skip
+
+
+def _attend_shape(
+    dim: int, value_dim: int, dtype: torch.dtype, q_per_kv: int, plan: StripePlan, kv_heads: int
+) -> dict[str, Any]:
+    widest, is_wide = max(dim, value_dim), dtype == torch.float32
+    rows = 64 if is_wide or widest > 128 or plan.strip % 128 else 128
+    return {
+        "KV_HEADS": kv_heads, "Q_PER_KV": q_per_kv, "DIM": dim, "VALUE_DIM": value_dim, "STRIP": plan.strip,
+        "WINDOW": plan.window, "SINKS": plan.num_sinks, "BLOCK_T": rows,
+        "BLOCK_S": 32 if is_wide or widest > 128 else 64, "BLOCK_D": _block_dim(dim),
+        "BLOCK_V": _block_dim(value_dim), "PRECISION": _PRECISION[dtype],
+    }  # fmt: skip
+
+
+def _attend_options(shape: dict[str, Any]) -> dict[str, int]:
+    return {"num_warps": 8, "num_stages": _stages(shape)}
+
+
+def _stages(shape: dict[str, Any]) -> int:
+    return 1 if shape["PRECISION"] != "ieee" else 3 if shape["BLOCK_S"] > 32 else 2
+
+
+def aot_cases() -> list[AotCase]:
+    """Configurations of real models; wider heads in float32, which serve checks only, spill a little."""
+    shapes = [
+        (torch.bfloat16, 64, 3), (torch.bfloat16, 80, 1), (torch.bfloat16, 96, 8), (torch.bfloat16, 128, 1),
+        (torch.bfloat16, 128, 4), (torch.bfloat16, 128, 8), (torch.bfloat16, 128, 16), (torch.bfloat16, 256, 2),
+        (torch.float16, 128, 4), (torch.float32, 64, 3),
+    ]  # fmt: skip
+    plan, found = StripePlan(), []
+    for dtype, dim, q_per_kv in shapes:
+        about = f"{_NAMES[dtype]}, D {dim}, q_per_kv {q_per_kv}"
+        select = _select_shape(dim, dtype, q_per_kv, plan, 8)
+        spans = {"lse": {}, "column": {"SPAN": _MASS_SPAN}, "choose": {"SPAN": _SPAN}}
+        kernels = {"lse": lse_kernel, "column": column_kernel, "choose": choose_kernel}
+        for name, kernel in kernels.items():
+            found.append(_case(f"{name}_stripes, {about}", kernel, dtype, {**select, **spans[name]},
+                               _select_options(select)))  # fmt: skip
+        attend = _attend_shape(dim, dim, dtype, q_per_kv, plan, 8)
+        found.append(_case(f"attend_stripes, {about}", attend_kernel, dtype, attend, _attend_options(attend)))
+    found.append(_case("list_stripes", list_kernel, torch.bfloat16, _list_shape(plan, 8), {"num_warps": 4}))
+    return found
+
+
+def _case(
+    name: str, kernel: Any, dtype: torch.dtype, constants: dict[str, Any], options: dict[str, int]
+) -> AotCase:  # fmt: skip
+    kinds = {"factor": "fp32", "alpha": "fp32", "floor": "fp32", "padding": "*i32", "listed": "*i32", "lengths": "*i32"}
+    kinds |= dict.fromkeys(("query", "keys", "values", "out"), f"*{_NAMES[dtype]}")
+    kinds |= dict.fromkeys(("lse", "base", "column", "kept", "report"), "*fp32")
+    kinds |= {"mask": "*u8", "first_strip": "i32", "strips": "i32", "rows": "i32", "total": "i32"}
+    signature = {arg: kinds.get(arg, "i32:16") for arg in kernel.arg_names if arg not in constants}
+    return AotCase(
+        name, kernel, signature, constants, options["num_warps"], options.get("num_stages", 3), options.get("maxnreg")
+    )
