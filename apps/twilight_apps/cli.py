@@ -202,6 +202,29 @@ def env(json: options.Json = False, verbose: options.Verbose = 0, quiet: options
             print_json("env", **installation())
 
 
+@app.command("stage-kernels")
+def stage_kernels(
+    out: Annotated[Path, typer.Option(help="Folder: new, empty, or staged before.")],
+    json: options.Json = False,
+    verbose: options.Verbose = 0,
+    quiet: options.Quiet = False,
+) -> None:
+    """Lay the kernels out as the package kernels loads them from a folder or the Hub.
+
+    \b
+    Example:
+      hf-twilight stage-kernels --out ./twilight-kernels
+    """
+    with session(verbose=verbose, quiet=quiet):
+        from .stage_kernels import stage
+        from .tables import say
+
+        result = stage(out)
+        say(f"{result['files']} files for each of {', '.join(result['backends'])} in {out}")
+        if json:
+            print_json("stage-kernels", **result)
+
+
 app.command()(serve)
 app.command()(chat)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from . import options
-from .cli_bench_gpu import aot
+from .cli_bench_gpu import aot, gpu
 from .environment import print_json
 from .session import session
 
@@ -26,6 +26,7 @@ bench = typer.Typer(
     help="Time Twilight against baselines that run in the same minutes, round by round.",
 )
 bench.command("aot")(aot)
+bench.command("gpu")(gpu)
 
 
 @bench.command("decode")
