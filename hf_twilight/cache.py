@@ -199,7 +199,7 @@ class TwilightCache(DynamicCache):
 
         Returns:
             One dict for each packed layer that prefilled sparsely: ``layer`` and what ``SparsePrefill.stats`` tells
-            (``density``, ``stripes``, ``mass``, ``mass_q05``).
+            (``density``, ``stripes``, ``mass``, ``mass_q05``, ``retrieving``, ``dense``).
         """
         found = [(layer.layer_idx, layer.prefill.stats()) for layer in self.twilight_layers]
         return [{"layer": index, **stats} for index, stats in found if stats is not None]

@@ -59,6 +59,8 @@ class TwilightConfig:
         alpha: share of the attention mass that prefill keeps, in ``(0, 1]``; 1.0 attends to everything.
         prefill_window: keys before a strip of 256 query rows that prefill attends to in any case.
         prefill_samples: rows of a strip whose attention is computed to choose its keys, 16 or 32.
+        max_retrieving: share of sampled rows that may find a quarter of their mass in a key of their own, in
+            ``[0, 1]``; a KV head above it attends to everything in prefill.
         min_prefill_len: keys below which prefill attends to everything.
         layers: bits and clip of single layers, where they differ: an index to ``LayerSettings``, or to some fields.
         calibrated_for: signature of the only model that these settings are for; None fits every model.
@@ -83,6 +85,7 @@ class TwilightConfig:
     alpha: float = 0.95
     prefill_window: int = 128
     prefill_samples: int = 16
+    max_retrieving: float = 0.01
     min_prefill_len: int = 4096
     layers: Mapping[int, LayerSettings] = field(default_factory=dict, hash=False)
     calibrated_for: Mapping[str, Any] | None = field(default=None, hash=False)
@@ -99,6 +102,9 @@ class TwilightConfig:
             raise ValueError(f"skvq_tables must be a file's path or None, got {self.skvq_tables!r}")
         _require_share("p", self.p, "keep everything")
         _require_share("alpha", self.alpha, "attend to everything in prefill")
+        retrieving = self.max_retrieving
+        if isinstance(retrieving, bool) or not isinstance(retrieving, int | float) or not 0.0 <= retrieving <= 1.0:
+            raise ValueError(f"max_retrieving must be in [0, 1], got {retrieving!r}; pass 1.0 to let no head go dense")
         for name, least in (("num_sinks", 0), ("window", 1), ("min_keep", 0)):
             _require_count(name, getattr(self, name), least)
         _require_count("min_sparse_len", self.min_sparse_len, 0)

@@ -1,4 +1,10 @@
-"""Sparse prefill of one layer: when it pays, and what it did (SampleAttention, arXiv 2406.15486)."""
+"""Sparse prefill of one layer: when it pays, which heads it is not for, and what it did.
+
+SampleAttention (arXiv 2406.15486) chooses keys from sampled rows. Some heads defeat that: each of their rows looks for
+one key that no other row wants, and the model copies what it finds, as in retrieval heads (arXiv 2404.15574). They are
+few, and do most of the harm. Sampled rows give them away: where more than a share of a KV head's rows retrieve, it
+attends to everything from there on.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +19,15 @@ from twilight_kernels import StripePlan, attend_stripes, has_kernels, select_str
 
 from .config import TwilightConfig
 
+_PRIOR_ROWS = 96  # sampled rows that do not retrieve, which a head starts with: a first one decides nothing
+
 
 @dataclass(frozen=True)
 class _Report:
-    """What one forward chose: ``found [B, K, N, 4]`` as ``select_stripes`` reports, and its shape."""
+    """What one forward chose: ``found [B, K, N, 5]`` as ``select_stripes`` reports, dense strips, and its shape."""
 
     found: Tensor
+    is_dense: Tensor  # [B, K, N] bool
     rows: int
     total: int
     padding: tuple[int, ...]
@@ -36,7 +45,9 @@ class SparsePrefill:
         self.plan: StripePlan = settings.stripe_plan
         self.min_keys = settings.min_prefill_len
         self.is_on = settings.alpha < 1.0 and layer_idx not in settings.dense_layers
+        self.max_retrieving = settings.max_retrieving
         self._reports: list[_Report] = []
+        self._counted: Tensor | None = None  # [B, K, 2] sampled rows that retrieve, and all, of earlier forwards
 
     def pays(self, query: Tensor, keys: Tensor) -> bool:
         """Whether ``query [B, H, T, D]`` over ``keys [B, K, S, D]`` is worth choosing keys for.
@@ -51,12 +62,31 @@ class SparsePrefill:
         """Attend the last T of S positions: ``[B, H, T, D]`` to ``[B, H, T, Dv]``; rows of padding are zero."""
         pads = torch.tensor(padding, dtype=torch.int32, device=query.device)
         mask, found = select_stripes(query, keys, self.plan, scaling=scaling, padding=pads)
-        self._reports.append(_Report(found, query.shape[2], keys.shape[2], tuple(padding)))
+        is_dense = self._retrieves(found, query.shape[2], keys.shape[2], padding, query.shape[1] // keys.shape[1])
+        mask.masked_fill_(is_dense[..., None], 255)
+        self._reports.append(_Report(found, is_dense, query.shape[2], keys.shape[2], tuple(padding)))
         return attend_stripes(query, keys, values, mask, self.plan, scaling=scaling, padding=pads)
+
+    def _retrieves(self, found: Tensor, rows: int, total: int, padding: Sequence[int], q_per_kv: int) -> Tensor:
+        """Count sampled rows that retrieve, strip by strip; return ``[B, K, N]`` which strips go dense.
+
+        A strip is judged by itself and those before it, so that later text and the cutting into chunks change nothing.
+        """
+        sampled = torch.zeros(found.shape[0], 1, found.shape[2])
+        for b, pad in enumerate(padding):
+            lead = total - rows - pad
+            counts = [self.plan.num_sampled(first, end, lead) for first, end in self.plan.strips(rows, total, pad)]
+            sampled[b, 0, : len(counts)] = torch.tensor(counts)
+        seen = (sampled * q_per_kv).to(found.device).expand(found.shape[:3])
+        counted = torch.stack([found[..., 4] * seen, seen], -1).cumsum(2)  # [B, K, N, 2]
+        if self._counted is not None and self._counted.shape[:2] == found.shape[:2]:
+            counted = counted + self._counted[:, :, None]
+        self._counted = counted[:, :, -1].clone()
+        return counted[..., 0] > self.max_retrieving * (counted[..., 1] + _PRIOR_ROWS)
 
     def clear(self) -> None:
         """Forget what was done."""
-        self._reports = []
+        self._reports, self._counted = [], None
 
     def stats(self) -> dict[str, Any] | None:
         """What prefill attended to, None if nothing was sparse.
@@ -64,14 +94,15 @@ class SparsePrefill:
         Returns:
             Per KV head: ``density``, share of the causal query-key pairs that were computed; ``stripes``, mean number
             of keys chosen for a strip; ``mass`` and ``mass_q05``, what the sampled rows keep by columns that other
-            rows chose: mean over strips, and mean over strips of the 5 % quantile of rows.
+            rows chose: mean over strips, and mean over strips of the 5 % quantile of rows; ``retrieving``,
+            share of them that retrieve; ``dense``, share of strips that attended to everything because of it.
         """
         if not self._reports:
             return None
         done, pairs = torch.zeros(self._reports[0].found.shape[1]), 0
-        strips: list[Tensor] = []  # [K, 4]
+        strips: list[Tensor] = []  # [K, 6]
         for report in self._reports:
-            found = report.found.cpu()
+            found = torch.cat([report.found, report.is_dense[..., None]], -1).cpu()
             for b, pad in enumerate(report.padding):
                 lead = report.total - report.rows - pad
                 for n, (first, end) in enumerate(self.plan.strips(report.rows, report.total, pad)):
@@ -80,7 +111,8 @@ class SparsePrefill:
                     always = min(self.plan.num_sinks, slab) + position - slab
                     triangle = own * (own + 1) // 2
                     strips.append(found[b, :, n])
-                    done += own * (always + strips[-1][:, 0]) + triangle
+                    sparse = own * (always + strips[-1][:, 0]) + triangle
+                    done += torch.where(strips[-1][:, 5] > 0, own * position + triangle, sparse)
                     pairs += own * position + triangle
         mean = torch.stack(strips).mean(0)
         return {
@@ -88,4 +120,6 @@ class SparsePrefill:
             "stripes": mean[:, 0].tolist(),
             "mass": mean[:, 2].tolist(),
             "mass_q05": mean[:, 3].tolist(),
+            "retrieving": mean[:, 4].tolist(),
+            "dense": mean[:, 5].tolist(),
         }

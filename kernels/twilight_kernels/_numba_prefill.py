@@ -55,7 +55,7 @@ def select_stripes(
     query, keys, padding = last_contiguous(query), last_contiguous(keys), padding.contiguous()
     (batch, heads, rows, _), (kv_heads, total) = query.shape, keys.shape[1:3]
     mask = torch.zeros(batch, kv_heads, plan.max_strips(rows), -(-total // 8), dtype=torch.uint8)
-    report = torch.zeros(*mask.shape[:3], 4, dtype=torch.float32)
+    report = torch.zeros(*mask.shape[:3], 5, dtype=torch.float32)
     block = _block(query, keys, plan, scaling, padding, mask)
     block[REPORT] = report.data_ptr()
     run(_select_worker(RAW_KIND[query.dtype], heads // kv_heads, plan.samples), block.ctypes.data, int(block[TASKS]))

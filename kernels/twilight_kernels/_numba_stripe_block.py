@@ -16,7 +16,7 @@ ROWS, TOTAL, DIM, VALUE_DIM, KV_HEADS = 19, 20, 21, 22, 23
 STRIP, SAMPLES, WINDOW, SINKS = 24, 25, 26, 27
 PADDING = 28  # int32 [rows of the batch]
 MASK, STRIPS = 29, 30  # uint8 [tasks, ceil(TOTAL / 8)], strips of a head
-REPORT = 31  # float32 [tasks, 4]
+REPORT = 31  # float32 [tasks, 5]
 SCALING, ALPHA, FLOOR = 32, 33, 34  # float64
 TILES = 35  # configuration of matrix tiles, see _numba_amx
 

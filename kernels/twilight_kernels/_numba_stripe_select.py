@@ -39,9 +39,11 @@ from ._numba_stripe_block import (
 )
 from ._numba_stripe_lanes import add_rows, keep_columns, normalize_rows
 from ._numba_strips import BLOCK, TILE, outer_product, softmax_tile
+from ._reference_prefill import RETRIEVED
 
 _LEVEL = 1 << 21  # as in the definition
 _LEVELS = 1024  # of float32
+_RETRIEVED = np.float32(RETRIEVED)
 
 
 @fast
@@ -143,7 +145,7 @@ def choose_stripes(q_per_kv, samples, lanes, block, task, count, weights, keys, 
         add_rows(lanes, weights[i, slab:].ctypes.data, keys - slab, base[i].ctypes.data)
     mass = column[sinks:slab]
     listed, reach = _by_level(mass)
-    level, mean, least = _level(q_per_kv, samples, block, count, base, weights, sinks, mass, listed, reach)
+    level, kept = _level(q_per_kv, samples, block, count, base, weights, sinks, mass, listed, reach)
     marks = carray(u8_at(block[MASK] + task * ((block[TOTAL] + 7) // 8)), ((block[TOTAL] + 7) // 8,))
     stripes = 0
     for key in listed[: reach[level]]:
@@ -151,9 +153,10 @@ def choose_stripes(q_per_kv, samples, lanes, block, task, count, weights, keys, 
             place = key + sinks + pad
             marks[place >> 3] |= np.uint8(1 << (place & 7))
             stripes += 1
-    report = carray(f32_at(block[REPORT] + 16 * task), (4,))
+    report = carray(f32_at(block[REPORT] + 20 * task), (5,))
     report[0], report[1] = stripes, base.sum() / (q_per_kv * count)
-    report[2], report[3] = mean, least
+    report[2], report[3] = kept.sum() / len(kept), kept[_twentieth(kept)]
+    report[4] = _retrievals(q_per_kv, samples, count, weights, sinks, mass, listed, reach) / len(kept)
 
 
 @fast
@@ -198,7 +201,7 @@ def _level_of(mass):
 
 @fast
 def _level(q_per_kv, samples, block, count, base, weights, sinks, mass, listed, reach):
-    """Find the highest bar at which rows keep enough; return its level with the mean and 5 % quantile kept.
+    """Find the highest bar at which rows keep enough; return its level and what they keep, in ascending order.
 
     The search starts where the rows would keep enough if each were judged by its own columns too, which is near,
     and each look costs the columns above the bar only.
@@ -208,20 +211,19 @@ def _level(q_per_kv, samples, block, count, base, weights, sinks, mass, listed, 
     while reach[high] > 0:
         high += 1
     if alpha >= 1.0:
-        mean, least = _keep(q_per_kv, samples, count, base, weights, sinks, mass, listed, reach, 0)
-        return np.int64(0), mean, least
+        return np.int64(0), _keep(q_per_kv, samples, count, base, weights, sinks, mass, listed, reach, np.int64(0))
     wanted, level, at = np.float32(alpha * q_per_kv * count) - base.sum(), high, 0
     while level > 0 and wanted > 0:
         level -= 1
         while at < reach[level]:
             wanted -= mass[listed[at]]
             at += 1
-    low, step, best, least_best = np.int64(-1), np.int64(1), np.float32(0), np.float32(0)
+    low, step, best = np.int64(-1), np.int64(1), base[0]
     high += 1  # from here on: low is enough or unknown (-1), high is not enough
     while high - low > 1:
-        mean, least = _keep(q_per_kv, samples, count, base, weights, sinks, mass, listed, reach, level)
-        if level == 0 or (mean >= alpha and least >= floor):
-            low, best, least_best = level, mean, least
+        kept = _keep(q_per_kv, samples, count, base, weights, sinks, mass, listed, reach, level)
+        if level == 0 or (kept.sum() / len(kept) >= alpha and kept[_twentieth(kept)] >= floor):
+            low, best = level, kept
         else:
             high = level
         if low < 0:
@@ -229,12 +231,36 @@ def _level(q_per_kv, samples, block, count, base, weights, sinks, mass, listed, 
         else:
             level = min((low + high) // 2, low + step)
             step = 2 * step
-    return low, best, least_best
+    return low, best
+
+
+@fast
+def _retrievals(q_per_kv, samples, count, weights, sinks, mass, listed, reach):
+    """Count lanes that find a quarter of their mass in one key which is mostly theirs; only heavy columns can be it."""
+    literally(q_per_kv)
+    literally(samples)
+    retrieves = np.zeros((q_per_kv, samples), np.uint8)
+    for key in listed[: reach[_level_of(_RETRIEVED)]]:
+        for r in range(count):
+            own = np.float32(0)
+            for g in range(q_per_kv):
+                own += weights[(g * samples + r) // BLOCK, sinks + key, (g * samples + r) % BLOCK]
+            if own > np.float32(0.5) * mass[key]:
+                for g in range(q_per_kv):
+                    if weights[(g * samples + r) // BLOCK, sinks + key, (g * samples + r) % BLOCK] >= _RETRIEVED:
+                        retrieves[g, r] = 1
+    return retrieves.sum()
+
+
+@inlined
+def _twentieth(kept):
+    """Index of the 5 % quantile, as in the definition."""
+    return max(1, round(0.05 * len(kept))) - 1
 
 
 @fast
 def _keep(q_per_kv, samples, count, base, weights, sinks, mass, listed, reach, level):
-    """Mean and 5 % quantile of what lanes keep of the columns whose mass without their own row reaches a level."""
+    """What lanes keep of the columns whose mass without their own row reaches a level, in ascending order."""
     literally(q_per_kv)
     literally(samples)
     bar = bits_float(np.uint32(level * _LEVEL)) if level > 0 else np.float32(-1)
@@ -248,4 +274,4 @@ def _keep(q_per_kv, samples, count, base, weights, sinks, mass, listed, reach, l
         first = g * samples % BLOCK
         ordered[g * count : (g + 1) * count] = kept[g * samples // BLOCK, first : first + count]
     ordered.sort()
-    return ordered.sum() / len(ordered), ordered[max(1, round(0.05 * len(ordered))) - 1]
+    return ordered

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .stripe_plan import StripePlan
 
+RETRIEVED = 0.25  # of a row's mass in one key
 _LEVEL = 1 << 21  # a step of a float32's two leading mantissa bits: a quarter of an octave
 
 
@@ -20,7 +21,7 @@ def select_stripes(
     (batch, _, rows, _), (kv_heads, total) = query.shape, keys.shape[1:3]
     wide = torch.promote_types(query.dtype, torch.float32)
     mask = torch.zeros(batch, kv_heads, plan.max_strips(rows), total, dtype=torch.bool, device=query.device)
-    report = torch.zeros(*mask.shape[:3], 4, dtype=torch.float32, device=query.device)
+    report = torch.zeros(*mask.shape[:3], 5, dtype=torch.float32, device=query.device)
     position = torch.arange(total, device=query.device)
     for b, pad in enumerate(padding.tolist()):
         group = query[b].unflatten(0, (kv_heads, -1)).to(wide)  # [K, G, T, D]
@@ -107,7 +108,10 @@ def _fewest(weights: Tensor, always: Tensor, plan: StripePlan) -> tuple[Tensor, 
             high = middle
     kept = kept_at(low)
     chosen = (column >= _bar(low)) & (column > 0)
-    return chosen, torch.stack([chosen.sum(), base.mean(), kept.mean(), kept.flatten().sort().values[least - 1]])
+    worst = kept.flatten().sort().values[least - 1]
+    is_own = weights.sum(0) > column / 2  # [R, S]
+    retrieves = ((weights >= RETRIEVED) & is_own).any(-1).float().mean()
+    return chosen, torch.stack([chosen.sum(), base.mean(), kept.mean(), worst, retrieves])
 
 
 def _bar(level: int) -> float:

@@ -36,7 +36,7 @@ def select_stripes(
     (batch, heads, rows, dim), (kv_heads, total) = query.shape, keys.shape[1:3]
     strips, tasks = plan.max_strips(rows), batch * kv_heads
     mask = torch.zeros(batch, kv_heads, strips, -(-total // 8), dtype=torch.uint8, device=query.device)
-    report = torch.zeros(*mask.shape[:3], 4, dtype=torch.float32, device=query.device)
+    report = torch.zeros(*mask.shape[:3], 5, dtype=torch.float32, device=query.device)
     shape = _select_shape(dim, query.dtype, heads // kv_heads, plan, kv_heads)
     wave = _wave(strips, tasks, 8 * total)
     lines = tasks * wave * shape["CHUNKS"] * shape["HEADS"] * shape["SLOTS"]

@@ -10,10 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._reference_prefill import RETRIEVED
 from ._triton_stripe_mass import weigh
 from ._triton_strips import load_rows, load_sampled, place_strip, place_stripes
 
 _LEVEL = tl.constexpr(1 << 21)  # a quarter of an octave, as in the definition
+_RETRIEVED = tl.constexpr(RETRIEVED)
 _GUESS = tl.constexpr(8)  # levels below what columns alone allow
 _STEP = tl.constexpr(16)  # levels that a guess is lowered by
 _NO_LIST = tl.constexpr(1 << 20)
@@ -87,11 +89,20 @@ def choose_kernel(
     mask += place * ((total + 7) // 8)
     number = _mark(column, mask, low_key, high_key, _bar(low), SPAN)
     least = _smallest(tl.where(is_row, tl.load(kept + line), float("inf")), fewest, CHUNKS * HEADS * SLOTS)
-    report += place * 4
+    retrieving = low * 0
+    length = _list(column, listed, low_key, high_key, _RETRIEVED, SPAN)
+    tl.debug_barrier()
+    for chunk in range(CHUNKS):
+        retrieving += _retrievals(
+            query, keys, lse, column, listed, place, chunk, start, first, end, total - rows, q_row, q_head, k_row,
+            length, factor, Q_PER_KV, DIM, STRIP, SAMPLES, SLOTS, HEADS, CHUNKS, BLOCK_D, BLOCK_S, PRECISION,
+        )  # fmt: skip
+    report += place * 5
     tl.store(report, number.to(tl.float32))
     tl.store(report + 1, always_mean)
     tl.store(report + 2, mean)
     tl.store(report + 3, least)
+    tl.store(report + 4, retrieving / count)
 
 
 @triton.jit
@@ -127,6 +138,40 @@ def _keep(
         weights = tl.where((others >= bar)[None, :, :], weights, 0.0)
         kept += tl.reshape(tl.sum(weights, 2), (HEADS * SLOTS,))
     return kept
+
+
+@triton.jit
+def _retrievals(
+    query, keys, lse, column, listed, place, chunk, start, first, end, lead, q_row, q_head, k_row, length, factor,
+    Q_PER_KV: tl.constexpr, DIM: tl.constexpr, STRIP: tl.constexpr, SAMPLES: tl.constexpr, SLOTS: tl.constexpr,
+    HEADS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Count a chunk's lines that find a quarter of their mass in a listed key which is mostly their row's."""
+    lines = place * (CHUNKS * HEADS * SLOTS) + tl.arange(0, HEADS * SLOTS)
+    tile, _, _ = load_sampled(
+        query, chunk, start, first, end, lead, q_row, q_head, Q_PER_KV, DIM, STRIP, SAMPLES, SLOTS, HEADS, BLOCK_D
+    )
+    whole = tl.load(lse + lines + chunk * HEADS * SLOTS)
+    best = tl.zeros((HEADS, SLOTS), tl.float32)
+    for at in range(0, length, BLOCK_S):
+        entry = at + tl.arange(0, BLOCK_S)
+        key = tl.load(listed + entry, mask=entry < length, other=0)
+        found = load_rows(keys, key, entry < length, k_row, DIM, BLOCK_D)
+        weights = tl.where((entry < length)[None, :], weigh(tile, found, whole, factor, PRECISION), 0.0)
+        weights = tl.reshape(weights, (HEADS, SLOTS, BLOCK_S))
+        own = tl.sum(weights, 0)
+        if CHUNKS > 1:
+            for other in range(CHUNKS):
+                if other != chunk:
+                    more, _, _ = load_sampled(
+                        query, other, start, first, end, lead, q_row, q_head, Q_PER_KV, DIM, STRIP, SAMPLES, SLOTS,
+                        HEADS, BLOCK_D,
+                    )  # fmt: skip
+                    rest = weigh(more, found, tl.load(lse + lines + other * HEADS * SLOTS), factor, PRECISION)
+                    own += tl.sum(tl.reshape(rest, (HEADS, SLOTS, BLOCK_S)), 0)
+        mass = tl.load(column + key, mask=entry < length, other=float("inf"))
+        best = tl.maximum(best, tl.max(tl.where((own > 0.5 * mass[None, :])[None, :, :], weights, 0.0), 2))
+    return tl.sum(tl.sum((best >= _RETRIEVED).to(tl.int32), 1), 0)
 
 
 @triton.jit

@@ -31,8 +31,9 @@ def select_stripes(
     Returns:
         ``[B, K, N, ceil(S / 8)]`` uint8, a bit for each key (lowest first), sinks and window not among them,
         N as of ``StripePlan.max_strips``, strips that do not exist are zero; and
-        ``[B, K, N, 4]`` float32: stripes, mean mass of sinks and window over the sampled rows of the strip, mean
-        mass kept, and its 5 % quantile.
+        ``[B, K, N, 5]`` float32: stripes, mean mass of sinks and window over the sampled rows of the strip, mean
+        mass kept, its 5 % quantile, and the share of sampled rows that *retrieve*: one key, neither sink nor
+        window, carries a quarter of their mass or more, and most of what the strip's sampled rows give it.
     Raises:
         ValueError: shapes or dtypes that disagree.
     Source: SampleAttention, section 4.2. Reference: ``_reference.select_stripes``.

@@ -67,3 +67,8 @@ class StripePlan:
         """Query rows of a strip that are sampled: at fixed positions, and the last; ``lead`` is row 0's."""
         every = self.strip // self.samples
         return [row for row in range(first, end) if (lead + row + 1) % every == 0 or row == end - 1]
+
+    def num_sampled(self, first: int, end: int, lead: int) -> int:
+        """How many ``sampled_rows`` are."""
+        every = self.strip // self.samples
+        return (lead + end) // every - (lead + first) // every + ((lead + end) % every != 0)
