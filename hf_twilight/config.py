@@ -19,6 +19,7 @@ from twilight_cache import (
     Full,
     Layout,
     Quest,
+    RefinedChannels,
     Selector,
     SnapKV,
     Streaming,
@@ -91,8 +92,7 @@ class TwilightConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         _ = self.key_codec, self.value_codec  # check their ranges
-        usual = LayerSettings(self.key_bits, self.value_bits, self.key_clip)
-        object.__setattr__(self, "layers", parse_layers(self.layers, usual))
+        object.__setattr__(self, "layers", parse_layers(self.layers, self.usual_layer))
         if self.calibrated_for is not None and not isinstance(self.calibrated_for, Mapping):
             raise ValueError(f"calibrated_for must be a model's signature or None, got {self.calibrated_for!r}")
         if self.skvq_tables is not None and not isinstance(self.skvq_tables, str):
@@ -127,11 +127,19 @@ class TwilightConfig:
     def value_codec(self) -> ValueCodec:
         return ValueCodec(self.value_bits, self.page_size, self.group_size)
 
+    @property
+    def usual_layer(self) -> LayerSettings:
+        return LayerSettings(self.key_bits, self.value_bits, self.key_clip)
+
     def codecs(self, layer_idx: int) -> tuple[KeyCodec, ValueCodec]:
         """Return how keys and values of layer ``layer_idx`` are packed."""
-        own = self.layers.get(layer_idx) or LayerSettings(self.key_bits, self.value_bits, self.key_clip)
+        own = self.layers.get(layer_idx, self.usual_layer)
         value_codec = ValueCodec(own.value_bits, self.page_size, self.group_size)
         return KeyCodec(own.key_bits, self.page_size, own.key_clip), value_codec
+
+    def refined(self, layer_idx: int) -> RefinedChannels:
+        """Return which key channels of layer ``layer_idx`` are stored twice."""
+        return RefinedChannels(self.layers.get(layer_idx, self.usual_layer).key_refined)
 
     @property
     def stripe_plan(self) -> StripePlan:
