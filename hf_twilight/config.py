@@ -61,7 +61,7 @@ class TwilightConfig:
         prefill_window: keys before a strip of 256 query rows that prefill attends to in any case.
         prefill_samples: rows of a strip whose attention is computed to choose its keys, 16 or 32.
         min_prefill_len: keys below which prefill attends to everything.
-        layers: bits and clip of single layers, where they differ: an index to ``LayerSettings``, or to some fields.
+        layers: bits, clip and refined channels of single layers: an index to ``LayerSettings``, or to some fields.
         calibrated_for: signature of the only model that these settings are for; None fits every model.
         skvq_tables: file of ``calibrate_skvq``, by which SKVQ packs every layer; bits, clip and ``p`` do not apply.
     Raises:
@@ -91,19 +91,17 @@ class TwilightConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
-        _ = self.key_codec, self.value_codec  # check their ranges
-        object.__setattr__(self, "layers", parse_layers(self.layers, self.usual_layer))
+        _ = self.key_codec, self.value_codec, self.stripe_plan  # check their ranges
+        usual = LayerSettings(self.key_bits, self.value_bits, self.key_clip)
+        object.__setattr__(self, "layers", parse_layers(self.layers, usual))
         if self.calibrated_for is not None and not isinstance(self.calibrated_for, Mapping):
             raise ValueError(f"calibrated_for must be a model's signature or None, got {self.calibrated_for!r}")
         if self.skvq_tables is not None and not isinstance(self.skvq_tables, str):
             raise ValueError(f"skvq_tables must be a file's path or None, got {self.skvq_tables!r}")
         _require_share("p", self.p, "keep everything")
         _require_share("alpha", self.alpha, "attend to everything in prefill")
-        for name, least in (("num_sinks", 0), ("window", 1), ("min_keep", 0)):
-            _require_count(name, getattr(self, name), least)
-        _require_count("min_sparse_len", self.min_sparse_len, 0)
-        _require_count("min_prefill_len", self.min_prefill_len, 0)
-        _ = self.stripe_plan
+        for name in ("num_sinks", "window", "min_keep", "min_sparse_len", "min_prefill_len"):
+            _require_count(name, getattr(self, name), 1 if name == "window" else 0)
         for layer in self.dense_layers:
             _require_count("dense_layers", layer, 0)
         if self.selector not in SELECTORS:
@@ -127,19 +125,15 @@ class TwilightConfig:
     def value_codec(self) -> ValueCodec:
         return ValueCodec(self.value_bits, self.page_size, self.group_size)
 
-    @property
-    def usual_layer(self) -> LayerSettings:
-        return LayerSettings(self.key_bits, self.value_bits, self.key_clip)
-
     def codecs(self, layer_idx: int) -> tuple[KeyCodec, ValueCodec]:
         """Return how keys and values of layer ``layer_idx`` are packed."""
-        own = self.layers.get(layer_idx, self.usual_layer)
+        own = self.layers.get(layer_idx) or LayerSettings(self.key_bits, self.value_bits, self.key_clip)
         value_codec = ValueCodec(own.value_bits, self.page_size, self.group_size)
         return KeyCodec(own.key_bits, self.page_size, own.key_clip), value_codec
 
     def refined(self, layer_idx: int) -> RefinedChannels:
         """Return which key channels of layer ``layer_idx`` are stored twice."""
-        return RefinedChannels(self.layers.get(layer_idx, self.usual_layer).key_refined)
+        return RefinedChannels(self.layers[layer_idx].key_refined if layer_idx in self.layers else ())
 
     @property
     def stripe_plan(self) -> StripePlan:
@@ -239,10 +233,8 @@ class TwilightConfig:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} must be JSON, got {error}; write it again with save_pretrained") from error
         if not isinstance(settings, dict):
-            raise ValueError(
-                f"{path} must be JSON with one object of settings, got {settings!r}; "
-                "write it again with save_pretrained"
-            )
+            told = f"{path} must be JSON with one object of settings, got {settings!r}"
+            raise ValueError(f"{told}; write it again with save_pretrained")
         config = TwilightConfig.from_dict(settings)
         tables = config.skvq_tables
         if tables is None or Path(tables).is_absolute():

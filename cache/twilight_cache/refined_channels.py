@@ -38,6 +38,7 @@ class RefinedChannels:
         # a channel named for the second time holds the rest of its first rest
         turns = [[list(row[:at]).count(channel) for at, channel in enumerate(row)] for row in channels]
         self._turns = torch.tensor(turns).view(self.heads, self.count)
+        self._sources: Tensor | None = None  # [H, D + R], which channel of a query each stored one takes
 
     def check(self, kv_heads: int, key_dim: int) -> None:
         """Raise ValueError unless these are channels of keys of that shape."""
@@ -52,12 +53,18 @@ class RefinedChannels:
         return F.pad(keys, (0, self.count)) if self.count else keys
 
     def widen_query(self, query: Tensor) -> Tensor:
-        """Repeat the refined channels of ``[B, H, ..., D]``: ``[B, H, ..., D + R]``."""
+        """Repeat the refined channels of ``[B, H, D]`` or ``[B, H, T, D]``."""
         if not self.count:
             return query
-        index = self._at(query.device).repeat_interleave(query.shape[1] // self.heads, 0)  # [H, R]
-        shape = (1, len(index), *([1] * (query.dim() - 3)), self.count)
-        return torch.cat([query, query.gather(-1, index.view(shape).expand(*query.shape[:-1], -1))], -1)
+        heads, dim = query.shape[1], query.shape[-1]
+        if self._sources is None or self._sources.shape != (heads, dim + self.count):
+            whole = torch.arange(dim).expand(heads, -1)
+            self._sources = torch.cat([whole, self._index.cpu().repeat_interleave(heads // self.heads, 0)], 1)
+        if self._sources.device != query.device:
+            self._sources = self._sources.to(query.device)
+        sources = self._sources if query.dim() == 3 else self._sources[:, None]
+        widened: Tensor = query.detach().gather(-1, sources.expand(*query.shape[:-1], -1))
+        return widened
 
     def fold(self, keys: Tensor) -> Tensor:
         """Add the rests of ``[N, K, T, D + R]`` to their channels: ``[N, K, T, D]``."""
