@@ -224,9 +224,8 @@ class TwilightConfig:
         is_local = path.is_file()
         if not is_local:
             if Path(name).exists():
-                raise FileNotFoundError(
-                    f"{name} must hold {CONFIG_NAME}, got a folder without it; write it with save_pretrained"
-                )
+                told = f"{name} must hold {CONFIG_NAME}, got a folder without it"
+                raise FileNotFoundError(f"{told}; write it with save_pretrained")
             path = Path(hf_hub_download(os.fspath(name), CONFIG_NAME, **hub_options))
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
