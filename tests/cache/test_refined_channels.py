@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from twilight_cache import DecodePolicy, LayerStore, Layout, PagedStore, PagePool, RefinedChannels, SequenceBatch
+from twilight_cache import (
+    SELECTORS,
+    DecodePolicy,
+    LayerStore,
+    Layout,
+    PagedStore,
+    PagePool,
+    RefinedChannels,
+    SequenceBatch,
+)
 from twilight_kernels import KeyCodec, KeyPages, ValueCodec, load_key_pages
 
 K, G, D, SIZE = 2, 3, 16, 16
@@ -19,9 +28,9 @@ def _tokens(total: int = 120, rows: int = 1, dtype: torch.dtype = torch.float32)
     return keys.to(dtype), torch.randn(rows, K, total, D, generator=generator).to(dtype)
 
 
-def _store(refined: RefinedChannels, bits: int = 2) -> LayerStore:
+def _store(refined: RefinedChannels, bits: int = 2, policy: DecodePolicy | None = None) -> LayerStore:
     sequences = SequenceBatch(LAYOUT, PagePool())
-    return LayerStore(sequences, KeyCodec(bits, SIZE), ValueCodec(8, SIZE, 16), DecodePolicy(), refined)
+    return LayerStore(sequences, KeyCodec(bits, SIZE), ValueCodec(8, SIZE, 16), policy or DecodePolicy(), refined)
 
 
 def _feed(store: LayerStore, keys: Tensor, values: Tensor, sizes: list[int]) -> None:
@@ -87,9 +96,12 @@ def test_state_is_independent_of_chunks_and_reads_back() -> None:
     assert torch.equal(errors[0][:, 0, :, others], errors[1][:, 0, :, others])
 
 
-def test_decode_attends_to_what_read_returns() -> None:
-    store, (keys, values) = _store(RefinedChannels(CHANNELS)), _tokens(121)
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_decode_attends_to_what_read_returns(selector: str) -> None:
+    chosen = SELECTORS[selector](*([] if selector == "full" else [1.0]))  # every packed token
+    store, (keys, values) = _store(RefinedChannels(CHANNELS), policy=DecodePolicy(selector=chosen)), _tokens(121)
     _feed(store, keys[:, :, :120], values[:, :, :120], [120])
+    store.observe(torch.randn(1, K * G, 24, D), 0.25)
     query, step = torch.randn(1, K * G, D), store.sequences.begin(120, 1, 1, None)
     out = store.decode(step, query, keys[:, :, 120:], values[:, :, 120:], 0.25)
     seen_keys, seen_values = store.read()
