@@ -1,7 +1,8 @@
-"""Settings for one model, from a text: bits of each layer, layers that stay dense, and how much mass to keep.
+"""Settings for one model, from a text: how each layer is packed, which stay dense, and how much mass to keep.
 
-``calibrate`` rounds the keys or values of one layer at a time and measures how far the output moves; then it spends
-a byte budget where it matters. It takes minutes, can be interrupted and taken up again, and is never required.
+``calibrate`` finds the key channels that bear rounding least, rounds the keys or values of one layer at a time and
+measures how far the output moves; then it spends a byte budget where it matters. It takes minutes, can be interrupted
+and taken up again, and is never required.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from twilight_kernels import key_token_bytes, value_token_bytes
 
 from .attention import use_attention
-from .bit_allocation import KEY_CLIPS, Item, allocate_bits
+from .bit_allocation import KEY_CLIPS, KEY_FORMS, VALUE_BITS, Option, allocate_bytes, scaled_drift
+from .channel_weights import heavy_channels
 from .config import TwilightConfig, as_config
 from .decode_drift import DecodeDrift
-from .layer_drift import LayerDrift
+from .layer_drift import LayerDrift, refined_count
 from .layer_settings import LayerSettings
 from .samples import sample_ids
 from .signature import signature
@@ -33,10 +35,11 @@ from .signature import signature
 logger = logging.getLogger(__name__)
 
 REPORT_NAME = "calibration.json"
-REPORT_VERSION = 1
+REPORT_VERSION = 2
 RATIOS = {"quality": 3.2, "balanced": 4.2, "compact": 5.5}
 CONTEXT = 8000  # tokens at which a ratio is meant
-_PROBES = (("keys", 2), ("keys", 3), ("values", 2))  # others follow, see Item.expected
+# of keys and values, with the share of refined channels; the drift of more bits follows, see scaled_drift
+_PROBES = (*(("keys", share) for bits, share in KEY_FORMS if bits == 2), ("values", 0.0))
 _DIFFUSE = 0.5  # share of tokens kept, from which sparse decode does not pay
 
 
@@ -102,10 +105,11 @@ def calibrate(
     ids = sample_ids(tokenizer, texts, sample_len, samples, seed, base).to(model.device)
     facts = signature(model.config.get_text_config(decoder=True))
     del facts["rope_parameters"]  # stretching the context does not change which layers matter
+    heavy = heavy_channels(model, ids, base.page_size, base.num_sinks)
     with use_attention(model, "sdpa"):
-        drift = LayerDrift(model, ids, base)
+        drift = LayerDrift(model, ids, base, heavy)
         report = _measure(drift, {"model": facts, **_inputs(ids, base)}, folder, on_progress)
-    chosen, expected = _spend(report, base, ratio)
+    chosen, expected = _spend(report, base, ratio, heavy)
     settings = replace(chosen, calibrated_for=facts)
     with use_attention(model, "twilight"):
         decode = DecodeDrift(model, ids[:1], settings)
@@ -134,55 +138,76 @@ def _measure(
     folder: str | os.PathLike[str] | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> dict[str, Any]:
-    """Measure what is not measured yet; ``layers`` maps an index to ``keys`` and ``values`` (nats by bits)."""
+    """Measure what is not measured yet; ``layers`` maps an index to ``keys`` (nats by refined share) and ``values``."""
     report: dict[str, Any] = {"report_version": REPORT_VERSION, "inputs": inputs, "layers": {}}
     if folder is not None:
         report["layers"] = _earlier(Path(folder), report)
     layers = report["layers"]
     todo = [
-        (layer, kind, bits)
-        for kind, bits in _PROBES
+        (layer, kind, share)
+        for kind, share in _PROBES
         for layer in drift.layers
-        if str(bits) not in layers.get(str(layer), {}).get(kind, {})
+        if str(share) not in layers.get(str(layer), {}).get(kind, {})
     ]
-    for done, (layer, kind, bits) in enumerate(todo):
+    for done, (layer, kind, share) in enumerate(todo):
         if on_progress is not None:
             on_progress(done, len(todo))
-        key_bits, value_bits = (bits, 16) if kind == "keys" else (16, bits)
-        nats = drift.measure(layer, key_bits, value_bits, KEY_CLIPS.get(key_bits, 1.0))
+        nats = drift.measure(layer, 2, 16, KEY_CLIPS[2], share) if kind == "keys" else drift.measure(layer, 16, 2, 1.0)
         found = layers.setdefault(str(layer), {"keys": {}, "values": {}, "shape": drift.shape(layer)})
-        found[kind][str(bits)] = nats
+        found[kind][str(share)] = nats
         if folder is not None:
             _write_report(Path(folder), report)
     return report
 
 
-def _spend(report: dict[str, Any], base: TwilightConfig, ratio: float) -> tuple[TwilightConfig, float]:
-    """Turn measurements into bits; return the settings and their expected drift."""
-    items, stock, fixed, least = [], 0.0, 0.0, 0.0
+def _spend(
+    report: dict[str, Any], base: TwilightConfig, ratio: float, heavy: Mapping[int, list[list[int]]]
+) -> tuple[TwilightConfig, float]:
+    """Turn measurements into settings; return them and their expected drift."""
+    items: list[list[Option]] = []
+    stock = fixed = 0.0
     columns = -(-(base.num_sinks + base.window + base.page_size) // 16) * 16
     packed = (CONTEXT - base.num_sinks - base.window) // base.page_size * base.page_size
-    for name, found in report["layers"].items():
+    for found in report["layers"].values():
         heads, key_dim, value_dim = found["shape"]
-        for kind, dim in (("keys", key_dim), ("values", value_dim)):
-            items.append(Item(int(name), kind, {int(b): nats for b, nats in found[kind].items()}, heads * dim))
+        items.append(_key_options(found, base, 2 * heads * columns / packed))
+        items.append(_value_options(found, base))
         stock += 2 * heads * (key_dim + value_dim) * CONTEXT
         fixed += 2 * heads * (key_dim + value_dim) * columns
-        key_codec, value_codec = replace(base.key_codec, bits=2), replace(base.value_codec, bits=2)
-        least += heads * (key_token_bytes(key_dim, key_codec, 2) + value_token_bytes(value_dim, value_codec, 2))
-    scales = least - sum(item.numbers * 2 / 8 for item in items)
-    most = stock / (fixed + least * packed)
+    most = stock / (fixed + packed * sum(options[0].token_bytes for options in items))
     if not 1.0 < ratio <= most:
         raise ValueError(f"ratio must be above 1 and at most {most:.2f}, 2 bits everywhere, got {ratio}")
-    bits = allocate_bits(items, (stock / ratio - fixed) / packed - scales)
-    expected = sum(item.expected(b) for item, b in zip(items, bits, strict=True))
+    chosen = allocate_bytes(items, (stock / ratio - fixed) / packed)
     layers: dict[int, LayerSettings] = {}
-    for key, key_bits, value_bits in zip(items[::2], bits[::2], bits[1::2], strict=True):
-        layers[key.layer] = LayerSettings(key_bits, value_bits, KEY_CLIPS.get(key_bits, 1.0))
-    usual = Counter(layers.values()).most_common(1)[0][0]
+    for name, keys, values in zip(report["layers"], chosen[::2], chosen[1::2], strict=True):
+        refined = tuple(tuple(row[: keys.refined]) for row in heavy[int(name)]) if keys.refined else ()
+        layers[int(name)] = LayerSettings(keys.bits, values.bits, KEY_CLIPS.get(keys.bits, 1.0), refined)
+    plain = [settings for settings in layers.values() if not settings.key_refined]
+    usual = Counter(plain).most_common(1)[0][0] if plain else replace(layers[min(layers)], key_refined=())
     own = {layer: settings for layer, settings in layers.items() if settings != usual}
-    chosen = replace(base, layers=own, key_bits=usual.key_bits, value_bits=usual.value_bits, key_clip=usual.key_clip)
-    return chosen, expected
+    settings = replace(base, layers=own, key_bits=usual.key_bits, value_bits=usual.value_bits, key_clip=usual.key_clip)
+    return settings, sum(option.drift for option in chosen)
+
+
+def _key_options(found: dict[str, Any], base: TwilightConfig, column_bytes: float) -> list[Option]:
+    """Ways to pack a layer's keys; a refined channel widens sinks and window too, ``column_bytes`` a token."""
+    heads, key_dim, _ = found["shape"]
+    options: dict[tuple[int, int], Option] = {}
+    for bits, share in KEY_FORMS:
+        refined = refined_count(key_dim, share)
+        token = heads * key_token_bytes(key_dim + refined, replace(base.key_codec, bits=bits), 2)
+        drift = scaled_drift(found["keys"][str(share)], 2, bits)
+        options.setdefault((bits, refined), Option(bits, refined, token + refined * column_bytes, drift))
+    return list(options.values())
+
+
+def _value_options(found: dict[str, Any], base: TwilightConfig) -> list[Option]:
+    heads, _, value_dim = found["shape"]
+    codecs = [replace(base.value_codec, bits=bits) for bits in VALUE_BITS]
+    drift = found["values"]["0.0"]
+    return [
+        Option(c.bits, 0, heads * value_token_bytes(value_dim, c, 2), scaled_drift(drift, 2, c.bits)) for c in codecs
+    ]
 
 
 def _earlier(folder: Path, report: dict[str, Any]) -> dict[str, Any]:

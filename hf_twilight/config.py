@@ -19,6 +19,7 @@ from twilight_cache import (
     Full,
     Layout,
     Quest,
+    RefinedChannels,
     Selector,
     SnapKV,
     Streaming,
@@ -59,10 +60,10 @@ class TwilightConfig:
         alpha: share of the attention mass that prefill keeps, in ``(0, 1]``; 1.0 attends to everything.
         prefill_window: keys before a strip of 256 query rows that prefill attends to in any case.
         prefill_samples: rows of a strip whose attention is computed to choose its keys, 16 or 32.
-        max_retrieving: share of sampled rows that may find a quarter of their mass in a key of their own, in
-            ``[0, 1]``; a KV head above it attends to everything in prefill.
+        max_retrieving: share of sampled rows that may find a quarter of their mass in a key of their own; a KV head
+            above it attends to everything in prefill; in ``(0, 1]``.
         min_prefill_len: keys below which prefill attends to everything.
-        layers: bits and clip of single layers, where they differ: an index to ``LayerSettings``, or to some fields.
+        layers: bits, clip and refined channels of single layers: an index to ``LayerSettings``, or to some fields.
         calibrated_for: signature of the only model that these settings are for; None fits every model.
         skvq_tables: file of ``calibrate_skvq``, by which SKVQ packs every layer; bits, clip and ``p`` do not apply.
     Raises:
@@ -93,7 +94,7 @@ class TwilightConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
-        _ = self.key_codec, self.value_codec  # check their ranges
+        _ = self.key_codec, self.value_codec, self.stripe_plan  # check their ranges
         usual = LayerSettings(self.key_bits, self.value_bits, self.key_clip)
         object.__setattr__(self, "layers", parse_layers(self.layers, usual))
         if self.calibrated_for is not None and not isinstance(self.calibrated_for, Mapping):
@@ -102,14 +103,9 @@ class TwilightConfig:
             raise ValueError(f"skvq_tables must be a file's path or None, got {self.skvq_tables!r}")
         _require_share("p", self.p, "keep everything")
         _require_share("alpha", self.alpha, "attend to everything in prefill")
-        retrieving = self.max_retrieving
-        if isinstance(retrieving, bool) or not isinstance(retrieving, int | float) or not 0.0 <= retrieving <= 1.0:
-            raise ValueError(f"max_retrieving must be in [0, 1], got {retrieving!r}; pass 1.0 to let no head go dense")
-        for name, least in (("num_sinks", 0), ("window", 1), ("min_keep", 0)):
-            _require_count(name, getattr(self, name), least)
-        _require_count("min_sparse_len", self.min_sparse_len, 0)
-        _require_count("min_prefill_len", self.min_prefill_len, 0)
-        _ = self.stripe_plan
+        _require_share("max_retrieving", self.max_retrieving, "let no head go dense in prefill")
+        for name in ("num_sinks", "window", "min_keep", "min_sparse_len", "min_prefill_len"):
+            _require_count(name, getattr(self, name), 1 if name == "window" else 0)
         for layer in self.dense_layers:
             _require_count("dense_layers", layer, 0)
         if self.selector not in SELECTORS:
@@ -138,6 +134,10 @@ class TwilightConfig:
         own = self.layers.get(layer_idx) or LayerSettings(self.key_bits, self.value_bits, self.key_clip)
         value_codec = ValueCodec(own.value_bits, self.page_size, self.group_size)
         return KeyCodec(own.key_bits, self.page_size, own.key_clip), value_codec
+
+    def refined(self, layer_idx: int) -> RefinedChannels:
+        """Return which key channels of layer ``layer_idx`` are stored twice."""
+        return RefinedChannels(self.layers[layer_idx].key_refined if layer_idx in self.layers else ())
 
     @property
     def stripe_plan(self) -> StripePlan:
@@ -228,19 +228,16 @@ class TwilightConfig:
         is_local = path.is_file()
         if not is_local:
             if Path(name).exists():
-                raise FileNotFoundError(
-                    f"{name} must hold {CONFIG_NAME}, got a folder without it; write it with save_pretrained"
-                )
+                told = f"{name} must hold {CONFIG_NAME}, got a folder without it"
+                raise FileNotFoundError(f"{told}; write it with save_pretrained")
             path = Path(hf_hub_download(os.fspath(name), CONFIG_NAME, **hub_options))
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} must be JSON, got {error}; write it again with save_pretrained") from error
         if not isinstance(settings, dict):
-            raise ValueError(
-                f"{path} must be JSON with one object of settings, got {settings!r}; "
-                "write it again with save_pretrained"
-            )
+            told = f"{path} must be JSON with one object of settings, got {settings!r}"
+            raise ValueError(f"{told}; write it again with save_pretrained")
         config = TwilightConfig.from_dict(settings)
         tables = config.skvq_tables
         if tables is None or Path(tables).is_absolute():

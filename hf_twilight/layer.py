@@ -75,7 +75,9 @@ class TwilightLayer(CacheLayerMixin):
             codecs = wanted[0].for_heads(self.key_dim), wanted[1].for_heads(self.value_dim)
             if codecs != wanted:
                 logger.info("layer %d keeps raw pages: head_dim %d does not pack", self.layer_idx, self.key_dim)
-            self.store = LayerStore(self.sequences, *codecs, policy)
+            refined = self.settings.refined(self.layer_idx)
+            refined.check(self.num_heads, self.key_dim)
+            self.store = LayerStore(self.sequences, *codecs, policy, refined)
         else:
             by_skvq = read_tables(tables, self.layer_idx, self.settings.page_size)
             self.store = LayerStore(self.sequences, *by_skvq, policy)

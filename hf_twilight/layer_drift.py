@@ -7,6 +7,7 @@ sum of these, and bits can be spent where they matter.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from twilight_cache import PagePool, SequenceBatch
+from twilight_cache.refined_channels import CHANNEL_MULTIPLE
 
 from .config import TwilightConfig
 from .layer import TwilightLayer
@@ -33,10 +35,13 @@ class LayerDrift:
         model: a decoder model with stock attention.
         ids: ``[B, T]`` token ids without padding.
         settings: page size, group size and sinks; nothing else of it is looked at.
+        heavy: by layer and KV head, the key channels to refine, the heaviest first.
     """
 
-    def __init__(self, model: PreTrainedModel, ids: Tensor, settings: TwilightConfig) -> None:
-        self.model, self.ids, self.settings = model, ids, settings
+    def __init__(
+        self, model: PreTrainedModel, ids: Tensor, settings: TwilightConfig, heavy: Mapping[int, list[list[int]]]
+    ) -> None:
+        self.model, self.ids, self.settings, self.heavy = model, ids, settings, heavy
         self.decoder = model.config.get_text_config(decoder=True)
         self.cache = DynamicCache(config=self.decoder)
         cached: list[Any] = self.cache.layers
@@ -45,14 +50,21 @@ class LayerDrift:
         self._expected: list[Tensor] = []
         self._shapes: dict[int, tuple[int, int, int]] = {}
 
-    def measure(self, layer: int, key_bits: int, value_bits: int, key_clip: float) -> float:
-        """Return the mean KL divergence, in nats a token, from the model with an unrounded cache."""
+    def measure(self, layer: int, key_bits: int, value_bits: int, key_clip: float, share: float = 0.0) -> float:
+        """Return the mean KL divergence, in nats a token, from the model with an unrounded cache.
+
+        ``share`` of the layer's key channels are refined.
+        """
         if not self._expected:
             with torch.inference_mode():
                 for chunk in self.ids[:, : -self.tail].split(8 * CHUNK, 1):
                     self.model(chunk, past_key_values=self.cache, use_cache=True)
             self._expected = self._run()
-        got, total, count = self._run(layer, LayerSettings(key_bits, value_bits, key_clip)), 0.0, 0
+        refined: tuple[tuple[int, ...], ...] = ()
+        if share:
+            count = refined_count(2 * len(self.heavy[layer][0]), share)
+            refined = tuple(tuple(row[:count]) for row in self.heavy[layer]) if count else ()
+        got, total, count = self._run(layer, LayerSettings(key_bits, value_bits, key_clip, refined)), 0.0, 0
         for wanted, found in zip(self._expected, got, strict=True):
             total += (wanted.exp() * (wanted - found)).sum().item()
             count += wanted.shape[0] * wanted.shape[1]
@@ -87,6 +99,11 @@ class LayerDrift:
             logits = self.model(chunk, past_key_values=cache, use_cache=True).logits
             found.append(logits.float().log_softmax(-1))
         return found
+
+
+def refined_count(key_dim: int, share: float) -> int:
+    """Key channels that ``share`` of ``key_dim`` means: a multiple of what pages take."""
+    return round(share * key_dim / CHANNEL_MULTIPLE) * CHANNEL_MULTIPLE
 
 
 def _fork(layer: Any) -> Any:

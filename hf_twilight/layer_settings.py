@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from twilight_cache import check_refined
 from twilight_kernels import KeyCodec, ValueCodec
 
 
@@ -17,16 +18,25 @@ class LayerSettings:
         key_bits: bits of a stored key number, as in ``TwilightConfig``.
         value_bits: bits of a stored value number.
         key_clip: share of a page's key range that the levels span.
+        key_refined: for each KV head, channels of keys whose rest after rounding is stored as well; as many for each
+            head, a multiple of 8. They depend on the model: ``calibrate`` finds them.
     Raises:
-        ValueError: a value outside its range.
+        ValueError: a value outside its range, or refined channels of keys that are not rounded.
     """
 
     key_bits: int
     value_bits: int
     key_clip: float
+    key_refined: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        _ = KeyCodec(self.key_bits, clip=self.key_clip), ValueCodec(self.value_bits)  # check their ranges
+        key_codec, _ = KeyCodec(self.key_bits, clip=self.key_clip), ValueCodec(self.value_bits)  # check their ranges
+        if isinstance(self.key_refined, str) or not all(isinstance(row, list | tuple) for row in self.key_refined):
+            raise ValueError(f"key_refined must be a list of channels for each KV head, got {self.key_refined!r}")
+        object.__setattr__(self, "key_refined", tuple(tuple(row) for row in self.key_refined))
+        check_refined(self.key_refined)
+        if self.key_refined and key_codec.is_raw:
+            raise ValueError(f"key_refined must be empty for {self.key_bits}-bit keys, which are not rounded")
 
 
 def parse_layers(given: Any, default: LayerSettings) -> dict[int, LayerSettings]:

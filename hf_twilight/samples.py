@@ -30,6 +30,7 @@ def sample_ids(
     parts = [texts] if isinstance(texts, str) else list(texts)
     ids = torch.cat([tokenizer(part, return_tensors="pt", verbose=False).input_ids[0] for part in parts])
     if len(ids) < length * count:
-        raise ValueError(f"texts must hold {length * count} tokens, got {len(ids)}; give more text, or less samples")
+        told = f"texts must hold {length * count} tokens, got {len(ids)}"
+        raise ValueError(f"{told}; give more text, fewer samples or a smaller sample_len")
     places = torch.randperm(len(ids) // length, generator=torch.Generator().manual_seed(seed))[:count]
     return torch.stack([ids[place * length : (place + 1) * length] for place in places.tolist()])

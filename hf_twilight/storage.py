@@ -166,7 +166,9 @@ def _restore(cache: TwilightCache, tensors: dict[str, Tensor], facts: dict[str, 
         if not own:
             continue
         if layer in cache.twilight_layers:
-            layer.lazy_initialization(own["plain.keys"].transpose(-1, -2), own["plain.values"])
+            stored = own["plain.keys"].transpose(-1, -2)
+            key_dim = stored.shape[-1] - layer.settings.refined(index).count
+            layer.lazy_initialization(stored[..., :key_dim], own["plain.values"])
             _restore_layer(layer, own)
         else:
             layer.lazy_initialization(own["keys"], own["values"])

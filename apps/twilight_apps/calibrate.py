@@ -67,13 +67,19 @@ def _print(settings: Any, report: dict[str, Any]) -> None:
     """Show the layers, those that bear least first."""
     rows = []
     layers = report["layers"]
-    for index in sorted(layers, key=lambda name: -layers[name]["keys"]["2"]):
+    for index in sorted(layers, key=lambda name: -layers[name]["keys"]["0.0"]):
         key_codec, value_codec = settings.codecs(int(index))
-        drifts = [f"{1000 * nats:.2f}" for nats in (layers[index]["keys"]["2"], layers[index]["values"]["2"])]
+        keys, values = layers[index]["keys"], layers[index]["values"]
+        drifts = [f"{1000 * nats:.2f}" for nats in (keys["0.0"], keys["0.25"], values["0.0"])]
         share = f"{report['kept_shares'].get(index, 1.0):.0%}"
         dense = "yes" if int(index) in settings.dense_layers else ""
-        rows.append([index, *drifts, str(key_codec.bits), str(value_codec.bits), share, dense])
-    columns = ["layer", "2-bit keys, mnat", "2-bit values, mnat", "key bits", "value bits", "kept", "dense"]
+        refined = settings.refined(int(index)).count
+        got = [str(key_codec.bits), str(refined) if refined else "", str(value_codec.bits)]
+        rows.append([index, *drifts, *got, share, dense])
+    columns = [
+        "layer", "2-bit keys, mnat", "a quarter refined", "2-bit values, mnat", "key bits", "refined", "value bits",
+        "kept", "dense",
+    ]  # fmt: skip
     tables.print_table("drift of each layer alone, and what it got", columns, rows)
     if "prefill" in report:
         _print_prefill(settings.alpha, report["prefill"])

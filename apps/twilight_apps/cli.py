@@ -153,10 +153,10 @@ def calibrate(
     verbose: options.Verbose = 0,
     quiet: options.Quiet = False,
 ) -> None:
-    """Choose the bits of each layer for your model, from a text: some minutes for a small model on a CPU.
+    """Choose how each layer is packed for your model, from a text: some minutes for a small model on a CPU.
 
-    Keys, then values, of one layer at a time are rounded, and how far the output moves is measured; then bits
-    are spent where they matter. Ctrl-C loses nothing: the same command goes on, and another --ratio is instant.
+    Keys, then values, of one layer at a time are rounded, and how far the output moves is measured; then bytes
+    are spent where they matter. Ctrl-C loses nothing: the same command goes on, and another --ratio takes seconds.
 
     \b
     Examples:

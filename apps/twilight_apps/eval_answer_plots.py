@@ -48,10 +48,10 @@ def draw_ruler(result: dict[str, Any], path: Path) -> None:
     scores, overall = means(records, ("method", "task", "length")), means(records, ("method",))
     names, tasks = [name for (name,) in overall], result["tasks"]
     kinds = {record["method"]: record["kind"] for record in records}
-    figure = new_figure(max(9.0, 1.6 * len(tasks) + 2), 3.3 * len(result["lengths"]) + 0.8)
+    figure = new_figure(max(9.0, 1.6 * len(tasks) + 2), 3.3 * len(result["lengths"]) + 1.2)
     axes = figure.subplots(len(result["lengths"]), 1, squeeze=False)[:, 0]
     figure.suptitle(
-        f"{result['model']}, {result['dtype']}: score, per cent, {result['samples']} questions a bar", fontsize=12
+        f"{result['model']}, {result['dtype']}: score, per cent, questions a bar: {result['samples']}", fontsize=12
     )
     width = _GAP / len(names)
     shades = {name: 1.0 - 0.25 * ([n for n in names if kinds[n] == kinds[name]].index(name) % 4) for name in names}
@@ -68,7 +68,11 @@ def draw_ruler(result: dict[str, Any], path: Path) -> None:
         axis.set_title(f"{length:,} tokens", fontsize=10)
         axis.grid(axis="y", color="#e7e5e4", linewidth=0.7)
         axis.set_axisbelow(True)
-    axes[0].legend(fontsize=8, ncols=len(names), loc="upper center", title="mean over everything (to dense)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, fontsize=8, ncols=min(3, len(names)), loc="outside lower center",
+        title="mean over everything (to dense)",
+    )  # fmt: skip
     save(figure, path)
 
 

@@ -148,7 +148,7 @@ def _label(axis: Axes, records: list[Record], size: str) -> None:
 
 
 def _choice_table(axis: Axes, packing: list[Record], decode: list[Record]) -> None:
-    """Write the presets' figures, and beside each the best peer that is no larger."""
+    """Write the presets' figures, and beside each the best peer that is no larger, if any peer was measured."""
     axis.axis("off")
     steps = {r["method"]: r for r in decode}
     peers = [r for r in packing if r["kind"] == PEER]
@@ -164,11 +164,11 @@ def _choice_table(axis: Axes, packing: list[Record], decode: list[Record]) -> No
             f"{record['agreement']:.1%}",
             f"{step['reads_less']:.1f}x" if step else "-",
             f"{step['kl']:.4f}" if step else "-",
-            f"{rivals[0]['method']}: {rivals[0]['kl']:.4f}" if rivals else "none is as small",
+            *([f"{rivals[0]['method']}: {rivals[0]['kl']:.4f}" if rivals else "none is as small"] if peers else []),
         ])  # fmt: skip
     columns = [
         "preset", "smaller", "KL", "perplexity", "same likeliest token", "reads less", "KL, decode",
-        "best peer no larger: KL",
+        *(["best peer no larger: KL"] if peers else []),
     ]  # fmt: skip
     if rows:
         table = axis.table(rows, colLabels=columns, loc="center", cellLoc="center")

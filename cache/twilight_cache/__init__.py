@@ -5,6 +5,7 @@ from .layer_store import DecodePolicy, LayerStore
 from .paged_store import PagedStore, RowTables
 from .pool import PagePool
 from .prefix_tree import PrefixTree
+from .refined_channels import RefinedChannels, check_refined
 from .selectors import (
     SELECTORS,
     Budget,
@@ -41,6 +42,7 @@ __all__ = [
     "PagedStore",
     "PrefixTree",
     "Quest",
+    "RefinedChannels",
     "RowTables",
     "Selection",
     "Selector",
@@ -52,4 +54,5 @@ __all__ = [
     "Tactic",
     "TreePage",
     "check_budget",
+    "check_refined",
 ]

@@ -21,6 +21,7 @@ from twilight_kernels.skvq import SkvqCodec, SkvqPages
 
 from .accounting import LayerBytes
 from .page_codecs import changed, empty_keys, empty_values, load_pages, store_pages, token_bytes
+from .refined_channels import RefinedChannels
 from .selectors import NUM_QUERIES, Full, LayerView, Observer, Selection, Selector, SelectorState
 from .sequences import Crop, Flush, SequenceBatch, Step
 
@@ -49,6 +50,7 @@ class LayerStore:
         sequences: rows shared by all layers of the cache.
         key_codec, value_codec: how pages are packed, of equal ``page_size``.
         policy: how decode attends.
+        refined: key channels that are stored twice; they need packed pages of ``KeyCodec``.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class LayerStore:
         key_codec: KeyCodec | SkvqCodec,
         value_codec: ValueCodec | SkvqCodec,
         policy: DecodePolicy,
+        refined: RefinedChannels | None = None,
     ) -> None:
         self.sequences = sequences
+        self.refined = refined or RefinedChannels()
         self.policy = policy
         self.key_codec, self.value_codec = key_codec, value_codec
         self.keys: KeyPages | SkvqPages | None = None
@@ -78,6 +82,7 @@ class LayerStore:
 
     def append(self, step: Step, keys: Tensor, values: Tensor) -> None:
         """Take the tokens of ``step``: ``keys [B, K, T, Dk]``, ``values [B, K, T, Dv]``, any strides."""
+        keys = self.refined.widen(keys)
         plain = self._prepare(step, keys, values)
         self.tokens = step.start + step.count
         flushes = {flush.row: flush for flush in step.flushes}
@@ -97,9 +102,10 @@ class LayerStore:
 
         ``keys [B, K, 1, Dk]`` and ``values [B, K, 1, Dv]`` are the step's; no row may be padding at this step.
         """
+        keys = self.refined.widen(keys)
         self._prepare(step, keys, values)
         self.tokens = step.start + step.count
-        out = self.attend(query, scaling, step, keys[:, :, 0], values[:, :, 0])
+        out = self._attend(query, scaling, step, keys[:, :, 0], values[:, :, 0])
         if step.flushes:
             self.flush(step.flushes)
         return out
@@ -108,20 +114,24 @@ class LayerStore:
         self, query: Tensor, scaling: float, step: Step, new_key: Tensor | None, new_value: Tensor | None
     ) -> Tensor:
         """Attend to the sequences as ``step`` left them, before its own pages were packed."""
+        return self._attend(query, scaling, step, None if new_key is None else self.refined.widen(new_key), new_value)
+
+    def _attend(
+        self, query: Tensor, scaling: float, step: Step, new_key: Tensor | None, new_value: Tensor | None
+    ) -> Tensor:
         assert isinstance(self.keys, KeyPages) and isinstance(self.values, ValuePages) and self.plain is not None
         if self.stats is None or self.stats.shape[:2] != query.shape[:2]:
             self.stats = torch.zeros(*query.shape[:2], 5, dtype=torch.float64, device=query.device)
             self.coverage, self.num_decodes, self.num_whole = torch.zeros_like(self.stats[..., 0]), 0, 0
         block_table, num_pages, plain_len = _tables(step, query.device)
-        policy = self.policy
-        selection = self.select(query, scaling, step)
+        policy, selection = self.policy, self.select(query, scaling, step)
         self.num_decodes += 1
         if selection is None:
             self.num_whole += 1
         else:
             self._add_coverage(selection, num_pages)
         return decode_attention(
-            query,
+            self.refined.widen_query(query),
             self.keys,
             self.values,
             self.plain,
@@ -146,7 +156,7 @@ class LayerStore:
             return None
         block_table, num_pages, plain_len = _tables(step, query.device)
         view = self._view(block_table, num_pages, plain_len - 1, scaling)
-        return self.policy.selector.select(query, view)
+        return self.policy.selector.select(self.refined.widen_query(query), view)
 
     def observe(self, queries: Tensor, scaling: float) -> None:
         """Show the selector the queries ``[B, H, T, D]`` of a forward of several tokens, which are stored already."""
@@ -157,7 +167,8 @@ class LayerStore:
         most, device = int(sequences.pages.max()), queries.device
         tables = sequences.table[:, :most], sequences.pages.astype(np.int32), sequences.plain.astype(np.int32)
         block_table, num_pages, plain_len = (torch.from_numpy(table.copy()).to(device) for table in tables)
-        selector.observe(queries[:, :, -last:].detach(), self._view(block_table, num_pages, plain_len, scaling))
+        queries = self.refined.widen_query(queries[:, :, -last:].detach())
+        selector.observe(queries, self._view(block_table, num_pages, plain_len, scaling))
 
     def _add_coverage(self, selection: Selection, num_pages: Tensor) -> None:
         """Count what share of the mass the candidates carry: all of it in rows where every token is one."""
@@ -209,7 +220,7 @@ class LayerStore:
                 at = end
             keys[row, :, at:total] = plain.keys[row, :, :, first:columns].transpose(-1, -2)
             values[row, :, at:total] = plain.values[row, :, first:columns]
-        return keys, values
+        return self.refined.fold(keys), values
 
     def crop(self, crops: Sequence[Crop]) -> None:
         """Cut rows; tokens of a page that is cut through come back into the window, dequantized."""
@@ -223,6 +234,7 @@ class LayerStore:
                 page_id = torch.tensor([crop.page_id], dtype=torch.int32, device=plain.keys.device)
                 keys = load_pages(self.keys, page_id, plain.keys.dtype)[0, :, : crop.restored]
                 values = load_pages(self.values, page_id, plain.values.dtype)[0, :, : crop.restored]
+                keys = self.refined.widen(self.refined.fold(keys[None])[0])
                 plain.keys[crop.row, :, :, sinks : sinks + crop.restored] = keys.transpose(-1, -2)
                 plain.values[crop.row, :, sinks : sinks + crop.restored] = values
 
@@ -353,7 +365,11 @@ class LayerStore:
         assert self.keys is not None and self.values is not None
         size = self.key_codec.page_size
         ids = torch.tensor(page_ids, dtype=torch.int32, device=keys.device)
-        store_pages(self.keys, ids, keys.unflatten(1, (len(page_ids), size)).transpose(0, 1))
+        key_pages = keys.unflatten(1, (len(page_ids), size)).transpose(0, 1)
+        if self.refined.count and isinstance(self.keys, KeyPages):
+            self.refined.store(self.keys, ids, key_pages)
+        else:
+            store_pages(self.keys, ids, key_pages)
         store_pages(self.values, ids, values.unflatten(1, (len(page_ids), size)).transpose(0, 1))
 
     @torch.inference_mode(mode=False)

@@ -24,6 +24,7 @@ from twilight_kernels import (
 )
 
 from .layer_store import DecodePolicy
+from .refined_channels import RefinedChannels
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class PagedStore:
     Args:
         key_codec, value_codec: how pages are packed, of equal ``page_size``.
         policy: how rows attend; every packed token is a candidate, whatever its selector.
+        refined: key channels that are stored twice.
         num_sinks: first tokens of a sequence, which have a plain page of their own.
         plain_pages, packed_pages: slots; ``packed_pages`` is 0 if both codecs are raw.
         kv_heads, key_dim, value_dim: shape of the layer.
@@ -66,6 +68,7 @@ class PagedStore:
         key_codec: KeyCodec,
         value_codec: ValueCodec,
         policy: DecodePolicy,
+        refined: RefinedChannels,
         *,
         num_sinks: int,
         plain_pages: int,
@@ -77,7 +80,9 @@ class PagedStore:
         device: torch.device,
     ) -> None:
         self.policy, self.num_sinks = policy, num_sinks
-        size = key_codec.page_size
+        self.refined = refined
+        refined.check(kv_heads, key_dim)
+        size, key_dim = key_codec.page_size, key_dim + refined.count
         self.plain = PlainTokens(
             torch.empty(plain_pages, kv_heads, key_dim, size, dtype=dtype, device=device),
             torch.empty(plain_pages, kv_heads, size, value_dim, dtype=dtype, device=device),
@@ -90,7 +95,7 @@ class PagedStore:
 
     def write(self, slots: Tensor, offsets: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put tokens ``[T, K, D]`` into plain pages ``slots [T]`` at columns ``offsets [T]``."""
-        self.plain.keys[slots, :, :, offsets] = keys
+        self.plain.keys[slots, :, :, offsets] = self.refined.widen(keys)
         self.plain.values[slots, :, offsets] = values
 
     def copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
@@ -101,14 +106,18 @@ class PagedStore:
 
     def pack(self, plain: Tensor, packed: Tensor) -> None:
         """Pack the plain pages ``plain [N]`` into the slots ``packed [N]``."""
-        store_key_pages(self.keys, packed, self.plain.keys[plain].transpose(-1, -2))
+        keys = self.plain.keys[plain].transpose(-1, -2)
+        if self.refined.count:
+            self.refined.store(self.keys, packed, keys)
+        else:
+            store_key_pages(self.keys, packed, keys)
         store_value_pages(self.values, packed, self.plain.values[plain])
 
     def attend(self, query: Tensor, tables: RowTables, scaling: float) -> Tensor:
         """Attend rows ``[R, H, D]`` to what their tables list: ``[R, H, Dv]``."""
         policy = self.policy
         return decode_attention(
-            query,
+            self.refined.widen_query(query),
             self.keys,
             self.values,
             self.plain,

@@ -94,9 +94,10 @@ class Runner:
         self.traffic = Traffic()
         self.stores = [
             PagedStore(
-                *layer_codecs(settings, shapes, layer), settings.policy(layer), num_sinks=settings.num_sinks,
-                plain_pages=plain_pages, packed_pages=packed_pages, kv_heads=shape.kv_heads, key_dim=shape.key_dim,
-                value_dim=shape.value_dim, dtype=model.dtype, device=self.device,
+                *layer_codecs(settings, shapes, layer), settings.policy(layer), settings.refined(layer),
+                num_sinks=settings.num_sinks, plain_pages=plain_pages, packed_pages=packed_pages,
+                kv_heads=shape.kv_heads, key_dim=shape.key_dim, value_dim=shape.value_dim, dtype=model.dtype,
+                device=self.device,
             )
             for layer, shape in enumerate(shapes)
         ]  # fmt: skip

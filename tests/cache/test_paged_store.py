@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from twilight_cache import DecodePolicy, PagedStore
+from twilight_cache import DecodePolicy, PagedStore, RefinedChannels
 from twilight_kernels import KeyCodec, ValueCodec, load_key_pages, load_value_pages
 
 SIZE, HEADS, DIM = 16, 2, 32
@@ -11,7 +11,7 @@ SIZE, HEADS, DIM = 16, 2, 32
 
 def make_store(bits: int) -> PagedStore:
     return PagedStore(
-        KeyCodec(bits, SIZE), ValueCodec(bits, SIZE, 32), DecodePolicy(), num_sinks=4, plain_pages=6,
+        KeyCodec(bits, SIZE), ValueCodec(bits, SIZE, 32), DecodePolicy(), RefinedChannels(), num_sinks=4, plain_pages=6,
         packed_pages=0 if bits == 16 else 3, kv_heads=HEADS, key_dim=DIM, value_dim=DIM, dtype=torch.float32,
         device=torch.device("cpu"),
     )  # fmt: skip

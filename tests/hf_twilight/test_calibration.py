@@ -38,11 +38,14 @@ def run(make_llama: Callable[..., LlamaForCausalLM]) -> Callable[..., Any]:
 
 def test_layer_drift_falls_with_bits_and_is_none_without_rounding(make_llama: Any) -> None:
     ids = torch.randint(3, 128, (1, 256), generator=torch.Generator().manual_seed(0))
-    drift = LayerDrift(make_llama(attn_implementation="sdpa"), ids, BASE)
+    heavy = [list(range(8)) for _ in range(2)]
+    drift = LayerDrift(make_llama(attn_implementation="sdpa"), ids, BASE, {0: heavy, 1: heavy})
     assert drift.layers == [0, 1]
     assert drift.measure(0, 16, 16, 1.0) == 0.0
     coarse, middle, fine = (drift.measure(1, bits, 16, 1.0) for bits in (2, 4, 8))
     assert coarse > 4 * middle > 40 * fine > 0
+    assert 0 < drift.measure(1, 2, 16, 1.0, share=0.5) < coarse
+    assert drift.measure(1, 2, 16, 1.0, share=0.125) == coarse  # of 16 channels, less than pages take
     assert drift.shape(1) == (2, 16, 16)
 
 
@@ -78,14 +81,14 @@ def test_calibrate_goes_on_where_it_stopped(run: Any, tmp_path: Path) -> None:
         run(folder=tmp_path, on_progress=stop)
     seen: list[tuple[int, int]] = []
     resumed = run(folder=tmp_path, on_progress=lambda *at: seen.append(at))
-    assert seen[0] == (0, 3)  # of six
+    assert seen[0] == (0, 7)  # of ten
     assert resumed.settings == run().settings
     resumed.save_pretrained(tmp_path)
     seen.clear()
     run(folder=tmp_path, ratio=2.5, on_progress=lambda *at: seen.append(at))  # another budget, nothing to measure
     assert not seen
     run(folder=tmp_path, seed=1, on_progress=lambda *at: seen.append(at))  # another text
-    assert seen[0] == (0, 6)
+    assert seen[0] == (0, 10)
 
 
 def test_calibrated_settings_come_back_and_fit_no_other_model(run: Any, make_llama: Any, tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def test_layers_differ_where_they_are_named() -> None:
 def test_values_of_a_layer_are_checked_as_those_of_all() -> None:
     with pytest.raises(ValueError, match=r"layers\[4\]: key_bits must be one of .*, got 5"):
         TwilightConfig(layers={4: {"key_bits": 5}})
-    with pytest.raises(ValueError, match=r"layers\[4\] takes key_bits, value_bits, key_clip, got 'bits'"):
+    with pytest.raises(ValueError, match=r"layers\[4\] takes key_bits, value_bits, key_clip, key_refined, got 'bits'"):
         TwilightConfig(layers={4: {"bits": 5}})
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
 from hf_twilight import TwilightCache, TwilightConfig
 from hf_twilight.signature import signature
@@ -15,6 +15,7 @@ MIXED: dict[str, Any] = {
     "key_bits": 2, "value_bits": 2, "page_size": 16, "group_size": 16, "num_sinks": 2, "window": 8,
     "layers": {1: {"key_bits": 8, "value_bits": 4, "key_clip": 1.0}},
 }  # fmt: skip
+REFINED = MIXED | {"layers": {1: {"key_refined": [[0, 1, 2, 3, 4, 5, 6, 7], [8, 8, 8, 1, 3, 4, 5, 6]]}}}
 
 
 def test_layers_are_packed_with_their_own_bits(
@@ -33,11 +34,15 @@ def test_layers_are_packed_with_their_own_bits(
     assert errors[1] < errors[0] / 20
 
 
-def test_mixed_bits_generate_and_come_back_from_a_file(
-    llama: LlamaForCausalLM, make_inputs: Callable[..., dict[str, torch.Tensor]], tmp_path: Path
+@pytest.mark.parametrize("settings", [MIXED, REFINED])
+def test_layers_of_their_own_generate_and_come_back_from_a_file(
+    settings: dict[str, Any],
+    llama: LlamaForCausalLM,
+    make_inputs: Callable[..., dict[str, torch.Tensor]],
+    tmp_path: Path,
 ) -> None:
     llama.set_attn_implementation("twilight")
-    cache = TwilightCache(llama.config, MIXED, p=1.0)
+    cache = TwilightCache(llama.config, settings, p=1.0)
     prompt = make_inputs(80)["input_ids"]
     with torch.inference_mode():
         llama(prompt, past_key_values=cache)
@@ -48,6 +53,41 @@ def test_mixed_bits_generate_and_come_back_from_a_file(
             step = torch.tensor([[token + 3]])
             expected, got = (llama(step, past_key_values=c).logits for c in (cache, loaded))
             assert torch.equal(expected, got)
+
+
+def test_a_refined_step_attends_to_what_full_returns(
+    llama: LlamaForCausalLM, make_inputs: Callable[..., dict[str, torch.Tensor]]
+) -> None:
+    llama.set_attn_implementation("twilight")
+    prompt, step = make_inputs(80)["input_ids"], torch.tensor([[5]])
+    with torch.inference_mode():
+        cache = TwilightCache(llama.config, REFINED, p=1.0)
+        llama(prompt, past_key_values=cache)
+        stock = DynamicCache(config=llama.config)
+        for layer, (keys, values, _) in enumerate(cache):
+            stock.update(keys, values, layer)
+        got, expected = (llama(step, past_key_values=c).logits for c in (cache, stock))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        ({"key_refined": "0 1"}, r"layers\[1\]: key_refined must be a list of channels for each KV head, got '0 1'"),
+        ({"key_refined": [[0, 1]]}, "as many channels for each KV head, a multiple of 8"),
+        ({"key_refined": [[0] * 8], "key_bits": 16}, "must be empty for 16-bit keys"),
+    ],
+)
+def test_refined_channels_are_checked(own: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        TwilightConfig(layers={1: own})
+
+
+def test_cache_refuses_refined_channels_of_another_model(llama: LlamaForCausalLM) -> None:
+    cache = TwilightCache(llama.config, layers={1: {"key_refined": [[16] * 8] * 2}})
+    keys = torch.randn(1, 2, 8, 16)
+    with pytest.raises(ValueError, match="must name channels below 16 for each of 2 KV heads"):
+        cache.update(keys, keys, 1)
 
 
 def test_cache_refuses_layers_that_the_model_has_not(llama: LlamaForCausalLM) -> None:

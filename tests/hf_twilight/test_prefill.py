@@ -157,7 +157,7 @@ def test_prefill_in_chunks_remembers_which_heads_retrieve(retrieving: tuple[Tens
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"max_retrieving": -0.1}, r"max_retrieving must be in \[0, 1\], got -0.1; pass 1.0 to let no head go dense"),
+        ({"max_retrieving": -0.1}, r"max_retrieving must be in \(0, 1\], got -0.1; pass 1.0 to let no head go dense"),
         ({"alpha": 0.0}, r"alpha must be in \(0, 1\], got 0.0; pass 1.0 to attend to everything in prefill"),
         ({"prefill_samples": 20}, "samples must be a multiple of 16"),
         ({"min_prefill_len": -1}, "min_prefill_len must be a whole number of at least 0"),

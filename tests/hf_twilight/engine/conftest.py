@@ -29,6 +29,10 @@ SETTINGS = {
     "packed": {"preset": "balanced", **SMALL, "group_size": 16},
     "sparse": {"preset": "balanced", **SMALL, "group_size": 16, "p": 0.8, "min_sparse_len": 16, "dense_layers": (0,)},
     "layers": {"preset": "balanced", **SMALL, "group_size": 16, "layers": {1: {"key_bits": 8, "value_bits": 4}}},
+    "refined": {
+        "preset": "compact", **SMALL, "group_size": 16, "p": 0.9, "min_sparse_len": 16,
+        "layers": {1: {"key_refined": [[0, 1, 2, 3, 4, 5, 6, 7], [8, 8, 8, 1, 3, 4, 5, 6]]}},
+    },
     "mixed": {"preset": "balanced", **SMALL, "value_bits": 16, "num_sinks": 0},
 }  # fmt: skip
 
