@@ -86,6 +86,33 @@ def key_page_logits(
 
 
 @intrinsic
+def unpack_key_page(typingctx, kind, page_size, codes, channel_bytes, head_dim, out):
+    """Write the codes of one page as float32 ``out[d, t]``.
+
+    ``key_page_logits`` of these numbers as raw ones are those of the codes, to the bit: they are added up in the same
+    order, and what undoes a missing shift is a power of two.
+
+    Literals: ``kind`` (packed), ``page_size`` (a multiple of 16). Addresses: ``codes`` of channel 0, ``out``.
+    """
+    kind_, page_ = literals(kind, page_size)
+    signature = types.void(kind, page_size, *(types.int64,) * 4)
+
+    def codegen(context, builder, _signature, args):
+        codes, channel_bytes, head_dim, out = args[2:]
+        loop = Loop(builder, head_dim, [])
+        base = element(builder, codes, builder.mul(loop.index, channel_bytes), 1)
+        target = element(builder, out, loop.index, 4 * page_)
+        for tile in range(page_ // LANES):
+            code = _key_tile(builder, kind_, page_, base, tile)
+            code = builder.fmul(code, _key_tile_scale(kind_, page_, tile), flags=_FAST)
+            store(builder, code, builder.add(target, int64(4 * LANES * tile)))
+        loop.close([])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
 def value_rows(
     typingctx,
     kind,
