@@ -80,7 +80,7 @@ from ._numba_numbers import (
 from ._numba_pool import BLOCK_SIZE, SOURCE_HASH, compile_worker, run, scratch
 from ._numba_prune import largest
 from ._numba_score import bias_of, fold_query, score_pages
-from ._numba_shared_pages import MAX_ROWS, query_size, score_shared_pages
+from ._numba_shared_pages import AT_ONCE, query_size, score_shared_pages
 from ._numba_sparse import attend_kept, count_dense, prune, score_candidates
 from ._numba_window import attend_window
 from .layout import KeyPages, PlainTokens, ValuePages
@@ -236,7 +236,7 @@ def _decode_worker(
         positions = carray(i32_at(own), (tokens,))
         near = carray(f32_at(own + 4 * tokens), (2, tokens))
         totals = np.empty((q_per_kv, 3), np.float32)
-        at_once = MAX_ROWS if block[STRIPS] != 0 else 0
+        at_once = AT_ONCE if block[STRIPS] != 0 else 0
         queries = np.empty((at_once, query_size(block, q_per_kv)), np.float32)
         codes = np.empty(min(at_once, 1) * block[KEY_DIM] * page_size, np.float32)
         while True:
@@ -248,11 +248,12 @@ def _decode_worker(
             first_row, last_row = strip_rows(block, strip)
             is_shared = last_row - first_row > 1
             if is_shared and chunk > 0:
-                start = (chunk - 1) * block[CHUNK_PAGES]
-                score_shared_pages(
-                    dtype, key_kind, page_size, q_per_kv, block, kv_head, first_row, last_row, start,
-                    start + block[CHUNK_PAGES], queries, codes,
-                )  # fmt: skip
+                first = (chunk - 1) * block[CHUNK_PAGES]
+                for start in range(first_row, last_row, AT_ONCE):
+                    score_shared_pages(
+                        dtype, key_kind, page_size, q_per_kv, block, kv_head, start, min(start + AT_ONCE, last_row),
+                        first, first + block[CHUNK_PAGES], queries, codes,
+                    )  # fmt: skip
             for row in range(first_row, last_row):
                 head = row * block[KV_HEADS] + kv_head
                 if chunk == 0 or not is_shared:

@@ -13,7 +13,7 @@ from ._numba_lanes import key_page_logits, unpack_key_page
 from ._numba_numbers import RAW_BF16, RAW_F32, fast, inlined
 from ._numba_score import bias_of, bytes_of_channel, fold_page, fold_query, score_pages
 
-MAX_ROWS = 16  # of a strip
+AT_ONCE = 16  # rows for which a page is unpacked once
 
 
 @inlined
@@ -29,7 +29,7 @@ def score_shared_pages(
     """Write the logits of pages ``first .. last`` of the rows that have them.
 
     Args:
-        queries: float32 ``[MAX_ROWS, query_size]``, codes: ``[key_dim * page_size]``, both for use here.
+        queries: float32 ``[AT_ONCE, query_size]``, codes: ``[key_dim * page_size]``, both for use here.
     """
     literally(dtype)
     literally(key_kind)

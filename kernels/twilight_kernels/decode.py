@@ -62,8 +62,8 @@ def decode_attention(
             plain tokens are the first ``num_sinks`` of its first ``ceil(num_sinks / page_size)`` pages, then those of
             the next pages.
         num_sinks: plain tokens in those first pages.
-        strips: ``[S + 1]`` int32, the rows at which strips of up to 16 rows begin, and the end. Rows of a strip list
-            the same pages, as far as each goes: a page is then unpacked once for all of them. The output is the
+        strips: ``[S + 1]`` int32, ascending, the rows at which strips begin, and the end. Rows of a strip list the
+            same pages, as far as each goes: a page is then unpacked once for up to 16 of them. The output is the
             same to the bit. Not with ``candidates``.
     Returns:
         ``[B, H, Dv]`` in the query's dtype.
