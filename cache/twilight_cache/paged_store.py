@@ -38,6 +38,7 @@ class RowTables:
         plain_table: ``[R, C]`` int32 slots of plain pages: sinks, then window.
         plain_len: ``[R]`` int32 plain tokens, the row's own included.
         stats: ``[R, H, 5]`` float64, see ``decode_attention``; shared by all layers of a step.
+        strips: ``[S + 1]`` int32 first rows of the strips that list the same pages; None if there are none.
     """
 
     first: int
@@ -47,6 +48,7 @@ class RowTables:
     plain_table: Tensor
     plain_len: Tensor
     stats: Tensor
+    strips: Tensor | None
 
 
 class PagedStore:
@@ -131,6 +133,7 @@ class PagedStore:
             stats=tables.stats,
             plain_table=tables.plain_table,
             num_sinks=self.num_sinks,
+            strips=tables.strips,
         )
 
     def num_bytes(self) -> tuple[int, int]:

@@ -30,6 +30,7 @@ from .eligibility import LayerShape, unread_mask
 from .plan import Segment, StepPlan
 
 _LOGITS_BYTES = 1 << 23  # of scores that one attention call keeps: what fits the caches
+_STRIP_ROWS = 16  # of a prompt that are scored against a page together
 
 
 @dataclass
@@ -182,9 +183,17 @@ class Runner:
                     self._on_device(num_pages[rows].astype(np.int32)), self._on_device(plain_table),
                     self._on_device(plain_len.astype(np.int32)),
                     torch.zeros(last - first, self.num_heads, 5, dtype=torch.float64, device=self.device),
+                    self._strips(owner[rows]),
                 )
             )  # fmt: skip
         return tables
+
+    def _strips(self, owner: NDArray[np.int64]) -> Tensor | None:
+        """First rows of the strips of neighbouring rows that have one owner, and the end."""
+        starts = np.flatnonzero(np.diff(owner, prepend=-1))
+        ends = [*starts[1:].tolist(), len(owner)]
+        cut = [row for start, end in zip(starts.tolist(), ends, strict=True) for row in range(start, end, _STRIP_ROWS)]
+        return None if len(cut) == len(owner) else self._on_device(np.asarray([*cut, len(owner)], np.int32))
 
     def _cuts(self, num_pages: NDArray[np.int64]) -> list[int]:
         """Rows at which a new call begins, and the end."""

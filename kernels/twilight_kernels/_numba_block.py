@@ -40,6 +40,7 @@ MIN_KEEP, MIN_SPARSE_LEN = 45, 46
 STATS = 47  # float64 [heads * q_per_kv, 5], or 0
 SCALING, P = 48, 49  # float64
 PLAIN_TABLE, PLAIN_COLUMNS, NUM_SINKS = 50, 51, 52  # 0 if plain tokens are not in pages
+STRIPS, NUM_STRIPS = 53, 54  # int32 [strips + 1]; 0 if every row is one of its own
 
 
 def new_block() -> np.ndarray:
@@ -70,6 +71,15 @@ def put_scoring(
         num_pages.data_ptr(),
     )
     block.view(np.float64)[SCALING] = scaling
+
+
+@inlined
+def strip_rows(block, strip):
+    """First row of a strip, and the row after its last."""
+    if block[STRIPS] == 0:
+        return strip, strip + 1
+    starts = carray(i32_at(block[STRIPS]), (block[NUM_STRIPS] + 1,))
+    return np.int64(starts[strip]), np.int64(starts[strip + 1])
 
 
 @inlined

@@ -1,7 +1,8 @@
 """Decode attention over packed pages on CPUs: select, score, prune, attend in one parallel region.
 
 Definition: ``_reference.decode_attention``. A task is one chunk of pages of one head (chunk 0: the plain
-tokens); whoever finishes the last chunk of a head also prunes and attends for it, so no thread ever waits.
+tokens); whoever finishes the last chunk of a head also prunes and attends for it, so no thread ever waits. Where rows
+come in strips, a task is that of all its rows.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from ._numba_block import (
     NEW_VALUE,
     NEW_VALUE_HEAD,
     NEW_VALUE_ROW,
+    NUM_STRIPS,
     PARTIALS,
     PLAIN_KEYS,
     PLAIN_LEN,
@@ -45,6 +47,7 @@ from ._numba_block import (
     POSITIONS,
     QUERY,
     ROWS,
+    STRIPS,
     TOKENS,
     VALUE_CODES,
     VALUE_DIM,
@@ -57,6 +60,7 @@ from ._numba_block import (
     page_of,
     partial_of,
     scored_pages,
+    strip_rows,
 )
 from ._numba_ir import LANES
 from ._numba_lanes import key_page_logits
@@ -76,6 +80,7 @@ from ._numba_numbers import (
 from ._numba_pool import BLOCK_SIZE, SOURCE_HASH, compile_worker, run, scratch
 from ._numba_prune import largest
 from ._numba_score import bias_of, fold_query, score_pages
+from ._numba_shared_pages import AT_ONCE, query_size, score_shared_pages
 from ._numba_sparse import attend_kept, count_dense, prune, score_candidates
 from ._numba_window import attend_window
 from .layout import KeyPages, PlainTokens, ValuePages
@@ -104,6 +109,7 @@ def decode_attention(
     stats: Tensor | None = None,
     plain_table: Tensor | None = None,
     num_sinks: int = 0,
+    strips: Tensor | None = None,
 ) -> Tensor:
     """See ``_reference.decode_attention``."""
     rows, heads, key_dim = query.shape
@@ -132,6 +138,10 @@ def decode_attention(
         plain_table = plain_table.contiguous()
         paged = plain_table.data_ptr(), plain_table.shape[1], num_sinks
         values = torch.Size((rows, values[1], plain_table.shape[1] * values[2], values[3]))
+    listed_strips = (0, 0)
+    if strips is not None:
+        strips = strips.contiguous()
+        listed_strips = strips.data_ptr(), strips.shape[0] - 1
     shape = rows, heads, key_dim, values
     num_bytes = _work_bytes(*shape, *size, key_codec.page_size)
     template, worker, threads, done = _template(
@@ -146,14 +156,14 @@ def decode_attention(
     _STEP.pack_into(
         block, 8 * QUERY, query.data_ptr(), query.stride(0), query.stride(1), out.data_ptr(),
         table.data_ptr(), columns, num_pages.data_ptr(), plain_len.data_ptr(), *appended, *listed,
-        min_keep, min_sparse_len, 0 if stats is None else stats.data_ptr(), scaling, p, *paged,
+        min_keep, min_sparse_len, 0 if stats is None else stats.data_ptr(), scaling, p, *paged, *listed_strips,
     )  # fmt: skip
     ctypes.memset(done, 0, 8 * rows * values[1])
     run(worker, ctypes.addressof(block), threads)
     return out
 
 
-_STEP = struct.Struct("=20q2d3q")  # what changes from step to step, from QUERY on
+_STEP = struct.Struct("=20q2d5q")  # what changes from step to step, from QUERY on
 
 
 @lru_cache(maxsize=1024)
@@ -219,29 +229,48 @@ def _decode_worker(
     def worker(arg):
         block = carray(arg, (BLOCK_SIZE,))
         ticket, chunks, tokens = address_of(arg), block[CHUNKS], block[TOKENS]
-        tasks = block[ROWS] * block[KV_HEADS] * chunks * (source >= 0)
+        tasks = (block[NUM_STRIPS] if block[STRIPS] != 0 else block[ROWS]) * block[KV_HEADS] * chunks * (source >= 0)
         scratch = np.empty(scratch_size(block[KEY_DIM], q_per_kv, value_dim, group_size), np.float32)
         rows = np.empty(2 * BLOCK_TOKENS, np.int64)
         own = block[POSITIONS] + 12 * tokens * fetch_add(ticket + 8, 1)
         positions = carray(i32_at(own), (tokens,))
         near = carray(f32_at(own + 4 * tokens), (2, tokens))
         totals = np.empty((q_per_kv, 3), np.float32)
+        at_once = AT_ONCE if block[STRIPS] != 0 else 0
+        queries = np.empty((at_once, query_size(block, q_per_kv)), np.float32)
+        codes = np.empty(min(at_once, 1) * block[KEY_DIM] * page_size, np.float32)
         while True:
             task = fetch_add(ticket, 1)
             if task >= tasks:
                 break
-            head, chunk = task // chunks, task % chunks
-            fold_query(dtype, q_per_kv, block, head, scratch)
-            if chunk == 0 and block[PLAIN_TABLE] != 0:
-                attend_window(dtype, page_size, q_per_kv, value_dim, block, head, scratch, rows)
-            elif chunk == 0:
-                _plain_chunk(dtype, q_per_kv, value_dim, block, head, scratch, rows)
-            else:
-                _page_chunk(
-                    key_kind, value_kind, page_size, q_per_kv, value_dim, group_size, block, head, chunk,
-                    scratch, rows,
-                )  # fmt: skip
-            if fetch_add(block[DONE] + 8 * head, 1) == chunks - 1:
+            unit, chunk = task // chunks, task % chunks
+            strip, kv_head = unit // block[KV_HEADS], unit % block[KV_HEADS]
+            first_row, last_row = strip_rows(block, strip)
+            is_shared = last_row - first_row > 1
+            if is_shared and chunk > 0:
+                first = (chunk - 1) * block[CHUNK_PAGES]
+                for start in range(first_row, last_row, AT_ONCE):
+                    score_shared_pages(
+                        dtype, key_kind, page_size, q_per_kv, block, kv_head, start, min(start + AT_ONCE, last_row),
+                        first, first + block[CHUNK_PAGES], queries, codes,
+                    )  # fmt: skip
+            for row in range(first_row, last_row):
+                head = row * block[KV_HEADS] + kv_head
+                if chunk == 0 or not is_shared:
+                    fold_query(dtype, q_per_kv, block, head, scratch)
+                if chunk == 0 and block[PLAIN_TABLE] != 0:
+                    attend_window(dtype, page_size, q_per_kv, value_dim, block, head, scratch, rows)
+                elif chunk == 0:
+                    _plain_chunk(dtype, q_per_kv, value_dim, block, head, scratch, rows)
+                else:
+                    _page_chunk(
+                        key_kind, value_kind, page_size, q_per_kv, value_dim, group_size, block, head, chunk,
+                        is_shared, scratch, rows,
+                    )  # fmt: skip
+            if fetch_add(block[DONE] + 8 * unit, 1) < chunks - 1:
+                continue
+            for row in range(first_row, last_row):
+                head = row * block[KV_HEADS] + kv_head
                 if is_sparse(block, head, page_size):
                     prune(page_size, q_per_kv, value_dim, block, head, near, totals)
                     attend_kept(
@@ -318,8 +347,10 @@ def _append(dtype, value_dim, block, head, column):
 
 
 @fast
-def _page_chunk(key_kind, value_kind, page_size, q_per_kv, value_dim, group_size, block, head, chunk, scratch, rows):
-    """Score one chunk of pages; attend to it at once if the row is dense."""
+def _page_chunk(
+    key_kind, value_kind, page_size, q_per_kv, value_dim, group_size, block, head, chunk, is_scored, scratch, rows
+):
+    """Score one chunk of pages, if that was not done; attend to it at once if the row is dense."""
     literally(key_kind)
     literally(value_kind)
     literally(page_size)
@@ -334,7 +365,9 @@ def _page_chunk(key_kind, value_kind, page_size, q_per_kv, value_dim, group_size
     if first >= last:
         return
     logits = logits_of(block, head, q_per_kv)
-    if block[CANDIDATE_TOKENS] != 0 and is_sparse(block, head, page_size):
+    if is_scored:
+        pass
+    elif block[CANDIDATE_TOKENS] != 0 and is_sparse(block, head, page_size):
         score_candidates(key_kind, page_size, q_per_kv, block, head, first, last, scratch)
     else:
         score_pages(key_kind, page_size, q_per_kv, block, head, first, last, scratch)

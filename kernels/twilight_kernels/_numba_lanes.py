@@ -86,6 +86,33 @@ def key_page_logits(
 
 
 @intrinsic
+def unpack_key_page(typingctx, kind, page_size, codes, channel_bytes, head_dim, out):
+    """Write the codes of one page as float32 ``out[d, t]``.
+
+    ``key_page_logits`` of these numbers as raw ones are those of the codes, to the bit: they are added up in the same
+    order, and what undoes a missing shift is a power of two.
+
+    Literals: ``kind`` (packed), ``page_size`` (a multiple of 16). Addresses: ``codes`` of channel 0, ``out``.
+    """
+    kind_, page_ = literals(kind, page_size)
+    signature = types.void(kind, page_size, *(types.int64,) * 4)
+
+    def codegen(context, builder, _signature, args):
+        codes, channel_bytes, head_dim, out = args[2:]
+        loop = Loop(builder, head_dim, [])
+        base = element(builder, codes, builder.mul(loop.index, channel_bytes), 1)
+        target = element(builder, out, loop.index, 4 * page_)
+        for tile in range(page_ // LANES):
+            code = _key_tile(builder, kind_, page_, base, tile)
+            code = builder.fmul(code, _key_tile_scale(kind_, page_, tile), flags=_FAST)
+            store(builder, code, builder.add(target, int64(4 * LANES * tile)))
+        loop.close([])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
 def value_rows(
     typingctx,
     kind,
@@ -112,14 +139,14 @@ def value_rows(
     def codegen(context, builder, _signature, args):
         base, offsets, weights, weight_stride, count, out, out_stride = args[4:]
         weight_bytes = builder.mul(weight_stride, int64(4))
-        for plane in _value_planes(kind_, dim):
+        for plane in _value_planes(kind_, dim, group):
             starts = range(0, plane.row_size, plane.lanes)
             for start, heads_here in itertools.product(starts, _tiles(heads_, max(1, _ACCUMULATORS // plane.fields))):
                 cells = [(h, f) for h in heads_here for f in range(plane.fields)]
                 loop = Loop(builder, count, [zeros(plane.lanes)] * len(cells))
                 offset = load(builder, element(builder, offsets, loop.index, 8), I64)
                 row = builder.add(builder.add(base, offset), int64(plane.start + start * plane.item_bytes))
-                columns, new = plane.load(builder, row), []
+                columns, new = plane.load(builder, row, start), []
                 for (h, f), total in zip(cells, loop.values):
                     index = plane.channel(f, start) // group * heads_ + h
                     place = builder.add(weights, builder.mul(weight_bytes, int64(index)))
@@ -158,7 +185,7 @@ class _ValuePlane:
         """What an unshifted field counts: its plane's weight over its place in the byte."""
         return self.weight * 2.0 ** (-self.width * field)
 
-    def load(self, builder, address):
+    def load(self, builder, address, _start):
         if self.is_raw:
             return [_raw(builder, self.kind, address, self.lanes)]
         packed = load(builder, address, ir.VectorType(I8, self.lanes), 1)
@@ -171,10 +198,38 @@ class _ValuePlane:
         return out
 
 
-def _value_planes(kind: int, dim: int) -> list[_ValuePlane]:
+class _WholeRow:
+    """A value row of several planes, put together before it is multiplied: rows lie as channels of keys do."""
+
+    start, item_bytes, lanes = 0, 0, LANES
+
+    def __init__(self, kind: int, dim: int) -> None:
+        tiles = dim // LANES
+        self.kind, self.dim = kind, dim
+        self.fields = next(n for n in (4, 3, 2, 1) if tiles % n == 0)
+        self.row_size = dim // self.fields
+
+    def channel(self, field: int, start: int) -> int:
+        """Channel of a tile's first lane."""
+        return start * self.fields + field * LANES
+
+    def field_weight(self, _field: int) -> float:
+        return 1.0
+
+    def load(self, builder, address, start):
+        first = self.channel(0, start) // LANES
+        return [_key_tile(builder, self.kind, self.dim, address, first + f) for f in range(self.fields)]
+
+
+def _value_planes(kind: int, dim: int, group: int) -> list[_ValuePlane | _WholeRow]:
     if kind in _STORED:
         return [_ValuePlane(kind, 0, 0, dim, 1.0)]
-    found, start, shift = [], 0, 0
+    sizes = [dim * width // 8 for width in planes(kind)]
+    is_even = dim % LANES == 0 and group % LANES == 0 and all(LANES % n == 0 or n % LANES == 0 for n in sizes)
+    if len(sizes) > 1 and is_even:
+        return [_WholeRow(kind, dim)]
+    found: list[_ValuePlane | _WholeRow] = []
+    start, shift = 0, 0
     for width in planes(kind):
         found.append(_ValuePlane(kind, width, start, dim, float(1 << shift)))
         start, shift = start + dim * width // 8, shift + width

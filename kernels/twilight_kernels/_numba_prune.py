@@ -147,12 +147,12 @@ def _bisect(near, count, low, high, need, min_keep):
 def _above(near, count, limit):
     """Mass and number of the tokens at or above ``limit``."""
     logits, masses = near[0], near[1]
-    mass, kept = np.float32(0), np.int32(0)
+    mass, kept = np.float32(0), np.float32(0)  # counts of float32 fill vectors of 16 and are exact to 2^24
     for i in range(count):
         is_kept = logits[i] >= limit
         mass += masses[i] if is_kept else np.float32(0)
-        kept += np.int32(is_kept)
-    return mass, kept
+        kept += np.float32(1) if is_kept else np.float32(0)
+    return mass, np.int64(kept)
 
 
 @inlined

@@ -243,34 +243,49 @@ def score_pages(key_kind, page_size, q_per_kv, block, head, first, last, scratch
 
 @fast
 def _score_page(key_kind, page_size, q_per_kv, block, page, after, scratch, out):
-    """Write the logits of one page: fold its steps into the query, its lows into a bias."""
+    """Write the logits of one page."""
     literally(key_kind)
     literally(page_size)
     literally(q_per_kv)
     key_dim = block[KEY_DIM]
-    bias = bias_of(scratch, q_per_kv, key_dim)
-    folded = scratch[: q_per_kv * key_dim]
-    if key_kind >= RAW_BF16:
-        channel_bytes = page_size * item_bytes(key_kind)
-        bias[:] = 0
-    else:
-        channel_bytes = page_size * key_kind // 8
-        folded = scratch[q_per_kv * key_dim : 2 * q_per_kv * key_dim]
-        lo = carray(u16_at(block[KEY_LO] + 2 * page * key_dim), (key_dim,))
-        step = carray(u16_at(block[KEY_STEP] + 2 * page * key_dim), (key_dim,))
-        for g in range(q_per_kv):
-            query = scratch[g * key_dim : (g + 1) * key_dim]
-            target = folded[g * key_dim : (g + 1) * key_dim]
-            moved = np.float32(0)
-            for d in range(key_dim):
-                target[d] = query[d] * half_to_float(step[d])
-                moved += query[d] * half_to_float(lo[d])
-            bias[g] = moved
+    folded = fold_page(key_kind, q_per_kv, block, page, scratch)
+    channel_bytes = bytes_of_channel(key_kind, page_size)
     page_bytes = key_dim * channel_bytes
     key_page_logits(
         key_kind, page_size, q_per_kv, block[KEY_CODES] + page * page_bytes, channel_bytes, key_dim,
-        folded.ctypes.data, bias.ctypes.data, out, block[TOKENS], block[KEY_CODES] + after * page_bytes,
+        folded.ctypes.data, bias_of(scratch, q_per_kv, key_dim).ctypes.data, out, block[TOKENS],
+        block[KEY_CODES] + after * page_bytes,
     )  # fmt: skip
+
+
+@fast
+def fold_page(key_kind, q_per_kv, block, page, scratch):
+    """Fold a page's steps into the queries of the scratch, its lows into their bias; return the folded queries."""
+    literally(key_kind)
+    literally(q_per_kv)
+    key_dim = block[KEY_DIM]
+    bias = bias_of(scratch, q_per_kv, key_dim)
+    if key_kind >= RAW_BF16:
+        bias[:] = 0
+        return scratch[: q_per_kv * key_dim]
+    folded = scratch[q_per_kv * key_dim : 2 * q_per_kv * key_dim]
+    lo = carray(u16_at(block[KEY_LO] + 2 * page * key_dim), (key_dim,))
+    step = carray(u16_at(block[KEY_STEP] + 2 * page * key_dim), (key_dim,))
+    for g in range(q_per_kv):
+        query = scratch[g * key_dim : (g + 1) * key_dim]
+        target = folded[g * key_dim : (g + 1) * key_dim]
+        moved = np.float32(0)
+        for d in range(key_dim):
+            target[d] = query[d] * half_to_float(step[d])
+            moved += query[d] * half_to_float(lo[d])
+        bias[g] = moved
+    return folded
+
+
+@inlined
+def bytes_of_channel(key_kind, page_size):
+    """Bytes of one channel of a page."""
+    return page_size * item_bytes(key_kind) if key_kind >= RAW_BF16 else page_size * key_kind // 8
 
 
 @inlined

@@ -76,6 +76,7 @@ def decode_attention(
     stats: Tensor | None = None,
     plain_table: Tensor | None = None,
     num_sinks: int = 0,
+    strips: Tensor | None = None,
 ) -> Tensor:
     """See ``decode.decode_attention``."""
     rows, heads, _ = query.shape

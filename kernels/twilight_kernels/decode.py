@@ -31,6 +31,7 @@ def decode_attention(
     stats: Tensor | None = None,
     plain_table: Tensor | None = None,
     num_sinks: int = 0,
+    strips: Tensor | None = None,
 ) -> Tensor:
     """Attend one query token a row to its plain tokens and to the packed tokens that carry the mass.
 
@@ -61,6 +62,9 @@ def decode_attention(
             plain tokens are the first ``num_sinks`` of its first ``ceil(num_sinks / page_size)`` pages, then those of
             the next pages.
         num_sinks: plain tokens in those first pages.
+        strips: ``[S + 1]`` int32, ascending, the rows at which strips begin, and the end. Rows of a strip list the
+            same pages, as far as each goes: a page is then unpacked once for up to 16 of them. The output is the
+            same to the bit. Not with ``candidates``.
     Returns:
         ``[B, H, Dv]`` in the query's dtype.
     Raises:
@@ -86,11 +90,13 @@ def decode_attention(
         _check_candidates(query.shape[0], plain.form[1], candidates, candidate_tokens, key_pages.codec.page_size)
     if stats is not None:
         _check_stats(query.shape, stats)
+    if strips is not None:
+        _check_strips(query.shape[0], strips, candidates)
     out: Tensor = kernels("decode", query, query.dtype).decode_attention(
         query, key_pages, value_pages, plain, block_table=block_table, num_pages=num_pages,
         plain_len=plain_len, scaling=scaling, new_key=new_key, new_value=new_value, p=p, min_keep=min_keep,
         min_sparse_len=min_sparse_len, candidates=candidates, candidate_tokens=candidate_tokens, stats=stats,
-        plain_table=plain_table, num_sinks=num_sinks,
+        plain_table=plain_table, num_sinks=num_sinks, strips=strips,
     )  # fmt: skip
     return out
 
@@ -164,3 +170,10 @@ def _check_stats(query: torch.Size, stats: Tensor) -> None:
         raise ValueError(
             f"stats must be contiguous [{query[0]}, {query[1]}, 5] float64, got {list(stats.shape)} {stats.dtype}"
         )
+
+
+def _check_strips(rows: int, strips: Tensor, candidates: Tensor | None) -> None:
+    if candidates is not None:
+        raise ValueError("strips must be None with candidates: rows choose pages of their own; leave one of them out")
+    if strips.dim() != 1 or not 2 <= strips.shape[0] <= rows + 1 or strips.dtype != torch.int32:
+        raise ValueError(f"strips must be [2 .. {rows + 1}] int32, got {list(strips.shape)} {strips.dtype}")

@@ -327,6 +327,11 @@ def test_float64_runs_on_the_reference(make_scene: Callable[..., Any]) -> None:
         ({"candidates": torch.zeros(2, 6, 3).int()}, r"candidates must be \[2, 2, N\] int32"),
         ({"candidates": torch.zeros(2, 2, 3)}, r"candidates must be \[2, 2, N\] int32"),
         ({"stats": torch.zeros(2, 6, 5)}, r"stats must be contiguous \[2, 6, 5\] float64"),
+        ({"strips": torch.tensor([0, 2])}, r"strips must be \[2 .. 3\] int32, got \[2\] torch.int64"),
+        (
+            {"strips": torch.tensor([0, 2], dtype=torch.int32), "candidates": torch.zeros(2, 2, 1, dtype=torch.int32)},
+            "strips must be None with candidates",
+        ),
         ({"stats": torch.zeros(2, 5, 6).double().transpose(1, 2)}, "stats must be contiguous"),
     ],
 )
@@ -403,6 +408,26 @@ def test_rows_of_pages_do_not_depend_on_their_neighbours(make_scene: Callable[..
         )  # fmt: skip
 
     assert torch.equal(run(*(tensor[order] for tensor in every)), run(*every)[order])
+
+
+@pytest.mark.parametrize("p", [0.9, 1.0])
+def test_strips_change_no_bit(case: dict[str, Any], p: float, make_scene: Callable[..., Any]) -> None:
+    scene = make_scene(pages=_pages(case["page_size"]), plain=PLAIN, **case)
+    scene = dataclasses.replace(scene, block_table=scene.block_table[4:].expand(5, -1))
+    found, stats = _decode(decode_attention, scene, p=p, min_keep=3)
+    for starts in ([0, 5], [0, 1, 4, 5], [0, 3, 5]):
+        strips = torch.tensor(starts, dtype=torch.int32, device=scene.query.device)
+        together, counted = _decode(decode_attention, scene, p=p, min_keep=3, strips=strips)
+        assert torch.equal(together, found)
+        assert torch.equal(counted, stats)
+
+
+def test_strips_may_be_long(make_scene: Callable[..., Any]) -> None:
+    scene = make_scene(pages=_pages() * 8, plain=PLAIN * 8, key_bits=3, value_bits=3, group_size=64)
+    scene = dataclasses.replace(scene, block_table=scene.block_table[4:5].expand(40, -1))
+    strips = torch.tensor([0, 2, 40], dtype=torch.int32, device=scene.query.device)
+    together, _ = _decode(decode_attention, scene, p=0.95, strips=strips)
+    assert torch.equal(together, _decode(decode_attention, scene, p=0.95)[0])
 
 
 def test_plain_pages_of_the_wrong_form_are_refused(make_scene: Callable[..., Any]) -> None:

@@ -131,7 +131,9 @@ class Gate:
 def _log(scope: Scope, status: int, seconds: float) -> None:
     """Write a line about a request that ended; those of probes only when all is logged."""
     job: Job | None = scope["state"].get("job")
-    tokens = "" if job is None else f", {job.num_prompt_tokens} + {job.num_new_tokens} tokens"
+    tokens = ""
+    if job is not None:
+        tokens = f", {job.num_prompt_tokens} + {job.num_new_tokens} tokens{'' if job.is_complete else ', cut off'}"
     level = logging.DEBUG if scope["path"] in _PROBES else logging.INFO
     path = quote(scope["path"])  # what a client sends cannot begin a line of its own
     request_id = scope["state"]["request_id"]

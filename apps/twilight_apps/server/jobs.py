@@ -98,6 +98,12 @@ class Job:
         return sum(token.token_id >= 0 for choice in self.choices for token in choice.tokens)
 
     @property
+    def is_complete(self) -> bool:
+        """Whether every choice came to its own end, by a stop or its length."""
+        done = [choice.completion for choice in self.choices]
+        return bool(done) and all(one is not None and one.finish_reason in ("stop", "length") for one in done)
+
+    @property
     def usage(self) -> dict[str, object]:
         """OpenAI's usage of a finished job; a prompt counts once, however many choices it has."""
         done = [choice.completion for choice in self.choices if choice.completion is not None]

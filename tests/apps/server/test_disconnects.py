@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import threading
 import time
@@ -96,7 +97,8 @@ def test_stopping_server_lets_requests_finish_and_refuses_new_ones(start_server:
         assert '"finish_reason":"length"' in rest[-2]
 
 
-def test_drain_ends_after_its_time(start_server: Callable[..., Any]) -> None:
+def test_drain_ends_after_its_time(start_server: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "twilight_apps.server.access")
     with start_server(token_s=0.02, limits={"drain_s": 0.2}) as running, running.client() as client:
         body = {"model": "tiny", "prompt": "a", "max_tokens": 1000, "ignore_eos": True, "stream": True}
         with client.stream("POST", "/v1/completions", json=body) as response:
@@ -107,6 +109,8 @@ def test_drain_ends_after_its_time(start_server: Callable[..., Any]) -> None:
         error = json.loads(rest[-2].removeprefix("data: "))["error"]
         assert error["type"] == "service_unavailable_error"
         assert "stopped" in error["message"]
+    lines = [record.getMessage() for record in caplog.records if "/v1/completions 200" in record.getMessage()]
+    assert len(lines) == 1 and "tokens, cut off (" in lines[0]  # its status was sent long before
 
 
 def test_more_connections_than_allowed_are_503(start_server: Callable[..., Any]) -> None:
