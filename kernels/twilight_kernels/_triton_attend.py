@@ -131,6 +131,7 @@ def dense_kernel(
             page = tl.where(sparse, tl.load(spot, mask=sparse, other=0), position)
             exists = page >= 0
         slot = tl.load(table + row.to(tl.int64) * columns + page, mask=exists, other=0)
+        exists = exists & (slot >= 0)
         page_head = slot.to(tl.int64) * kv_heads + kv_head
         high, rest, unit, bias = fold_page(q, key_lo, key_step, page_head, exists, M, D, DP, KEY_BITS == 16)
         logits = page_logits(key_codes, page_head, exists, t, high, rest, unit, bias, q_unit, D, DP, PAGE, KEY_BITS)

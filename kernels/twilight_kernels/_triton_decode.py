@@ -133,7 +133,7 @@ def _attend_densely(
         slots - SPLITS, **_heads(query, kv_heads, value_dim), **_values(query, value_pages), PAGE=page_size,
         KEY_BITS=key_pages.codec.bits, PRUNES=prunes, HAS_PAGES=candidates is not None,
         HAS_TOKENS=tokens is not None, T=min(page_size, _tile(query, value_dim)), **splits,
-        num_warps=_warps(query, value_dim), num_stages=2,
+        num_warps=_warps(query, value_dim), num_stages=3,
     )  # fmt: skip
 
 
@@ -172,7 +172,7 @@ def _attend_kept(
         num_pages, pages, listed or 0, *parts, kept, width, min_sparse_len, kv_heads, slots, runs, PER_KV=per_kv,
         M=max(16, power_of_two(per_kv)), DV=value_dim, VP=max(16, power_of_two(value_dim)), PAGE=page_size,
         **_values(query, value_pages), HAS_PAGES=listed is not None, BLOCK=BLOCK // 4,
-        T=min(64, _tile(query, value_dim)), **splits, num_stages=2,
+        T=min(32, _tile(query, value_dim)), **splits, num_stages=2,
         num_warps=_warps(query, value_dim),
     )  # fmt: skip
     return needed, kept, masses

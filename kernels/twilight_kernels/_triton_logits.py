@@ -40,6 +40,7 @@ def logits_kernel(
                 page = tl.load(candidates + pair.to(tl.int64) * num_listed + position)
                 exists = page >= 0
             slot = tl.load(table + row.to(tl.int64) * columns + page, mask=exists, other=0)
+            exists = exists & (slot >= 0)
             page_head = slot.to(tl.int64) * kv_heads + kv_head
             high, rest, unit, bias = fold_page(q, lows, steps, page_head, exists, M, D, DP, BITS == 16)
             logits = page_logits(codes, page_head, exists, t, high, rest, unit, bias, q_unit, D, DP, PAGE, BITS)

@@ -6,6 +6,8 @@ from typing import Any
 
 from ._triton_aot import AotCase
 from ._triton_attend import RUN, dense_kernel, kept_kernel, plain_kernel
+from ._triton_codec import _shape, load_kernel, pack_kernel, range_kernel
+from ._triton_flags import flags_kernel
 from ._triton_logits import logits_kernel
 from ._triton_merge import LISTED_TILE, SLOT_TILE, merge_kernel
 from ._triton_prune import BLOCK, ROUNDS, collect_kernel, limit_kernel, mass_kernel
@@ -45,6 +47,7 @@ def aot_cases() -> list[AotCase]:
         for is_listed in (False, True):
             found.extend(_decode_cases(configuration, is_listed))
         found.extend(_score_cases(configuration))
+        found.extend(_codec_cases(configuration))
     return [*found, *_row_cases()]
 
 
@@ -60,7 +63,7 @@ def _decode_cases(configuration: tuple[Any, ...], is_listed: bool) -> list[AotCa
     tile = {"T": min(page, tokens)}
     codes = {"key_codes": _codes(dtype, key_bits), "value_codes": _codes(dtype, value_bits)}
     merged = {"SLOTS": 128, "TILE": SLOT_TILE, "LISTED": LISTED_TILE, "HAS_STATS": True}
-    kept_tile = {"T": min(64, tokens), "BLOCK": BLOCK // 4}
+    kept_tile = {"T": min(32, tokens), "BLOCK": BLOCK // 4}
     warps = warps_for(dtype == "fp32", dim, value_dim)
     plain = {"HAS_NEW": not is_listed, "IS_PAGED": is_listed, "RUN": RUN, "T": min(32, tokens)}
     return [
@@ -70,7 +73,7 @@ def _decode_cases(configuration: tuple[Any, ...], is_listed: bool) -> list[AotCa
         ),
         _case(
             name, dense_kernel, codes, dtype, heads, values, packing, splits, listed, tile,
-            {"KEY_BITS": key_bits, "PRUNES": True}, num_warps=warps,
+            {"KEY_BITS": key_bits, "PRUNES": True}, num_warps=warps, num_stages=3,
         ),
         _case(
             name, logits_kernel, {"codes": codes["key_codes"], "out": "*fp32"}, dtype, heads, splits, listed,
@@ -99,6 +102,25 @@ def _score_cases(configuration: tuple[Any, ...]) -> list[AotCase]:
     ]
 
 
+def _codec_cases(configuration: tuple[Any, ...]) -> list[AotCase]:
+    dtype, key_bits, value_bits, page, _, dim, value_dim, group = configuration
+    found = []
+    for bits, is_key, shape in (
+        (key_bits, True, _shape(dim, page, page)),
+        (value_bits, False, _shape(page, value_dim, group)),
+    ):
+        if bits == 16:
+            continue
+        name = f"{_name(configuration)}, {'keys' if is_key else 'values'}"
+        types = {"x": f"*{dtype}", "out": f"*{dtype}", "codes": "*u8", "clip": "fp32", "stride": "i32"}
+        types |= {"lo": "*fp16", "step": "*fp16", "page_ids": "*i32", "row_stride": "i32", "head_stride": "i32"}
+        ranged = {"LEVELS": (1 << bits) - 1, "IS_KEY": is_key}
+        found.append(_case(name, range_kernel, types, dtype, shape, ranged))
+        found.append(_case(name, pack_kernel, types, dtype, shape, {"BITS": bits}))
+        found.append(_case(name, load_kernel, types, dtype, shape, {"BITS": bits}))
+    return found
+
+
 def _row_cases() -> list[AotCase]:
     found = []
     for per_kv, page, is_listed in ((4, 64, False), (1, 1, False), (8, 16, True)):
@@ -108,12 +130,18 @@ def _row_cases() -> list[AotCase]:
         found.append(_case(name, collect_kernel, {}, "", shape, splits))
         found.append(_case(name, limit_kernel, {}, "", shape, splits, {"ROUNDS": ROUNDS}, num_warps=8))
     rows = {"SPLITS": SPLITS, "LEAST": LEAST_TOKENS, "BLOCK": BLOCK}
-    return [*found, _case("rows", mass_kernel, {}, "", rows)]
+    flags = {"PER_KV": 4, "BLOCK": BLOCK}
+    return [
+        *found,
+        _case("rows", mass_kernel, {}, "", rows),
+        _case("rows", flags_kernel, {"flags": "*u8"}, "", flags),
+    ]
 
 
 def _case(
-    name: str, kernel: Any, types: dict[str, str], dtype: str, *constants: dict[str, Any], num_warps: int = 4
-) -> AotCase:
+    name: str, kernel: Any, types: dict[str, str], dtype: str, *constants: dict[str, Any], num_warps: int = 4,
+    num_stages: int = 2,
+) -> AotCase:  # fmt: skip
     """Name the types of all arguments; of the constants, those that the kernel has."""
     given = {key: value for part in constants for key, value in part.items()}
     model = dict.fromkeys(("query", "new_key", "new_value"), f"*{dtype}")
@@ -123,7 +151,7 @@ def _case(
         for key in kernel.arg_names
         if key not in constexprs
     }
-    return AotCase(name, kernel, signature, constexprs, num_warps=num_warps)
+    return AotCase(name, kernel, signature, constexprs, num_warps=num_warps, num_stages=num_stages)
 
 
 def _codes(dtype: str, bits: int) -> str:

@@ -36,7 +36,8 @@ def top_p_threshold(logits: Tensor, p: float, *, forced_lse: Tensor | None = Non
 def row_masses(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Largest logit and mass of each split of rows ``[R, S]``, both ``[R, SPLITS]``."""
     rows, columns = logits.shape
-    tops, sums = (torch.empty(rows, SPLITS, device=logits.device) for _ in range(2))
+    tops = torch.full((rows, SPLITS), -torch.inf, device=logits.device)
+    sums = torch.zeros_like(tops)
     mass_kernel[(rows, grid_splits(columns, LEAST_TOKENS))](
         logits, logits.stride(0), columns, tops, sums, SPLITS=SPLITS, LEAST=LEAST_TOKENS, BLOCK=BLOCK, num_warps=4
     )

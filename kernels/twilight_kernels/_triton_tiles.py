@@ -71,7 +71,7 @@ def segment(count, split, SPLITS: tl.constexpr, LEAST: tl.constexpr):
 
 
 @triton.jit
-def unpack(row, i, COUNT: tl.constexpr, BITS: tl.constexpr, mask):
+def unpack_codes(row, i, COUNT: tl.constexpr, BITS: tl.constexpr, mask):
     """Codes ``i`` of packed rows of ``COUNT`` codes that begin at ``row``; planar, see ``layout``."""
     if BITS == 8:
         return tl.load(row + i, mask=mask, other=0)
@@ -141,7 +141,7 @@ def page_logits(
         return product(high, keys) * q_unit[:, None]
     else:
         row = codes + channel[:, None] * (PAGE * BITS // 8)
-        found = unpack(row, t[None, :], PAGE, BITS, mask).to(tl.float16)
+        found = unpack_codes(row, t[None, :], PAGE, BITS, mask).to(tl.float16)
         logits = product(rest, found) + product(high, found)
         return (logits * unit + bias[:, None]) * q_unit[:, None]
 
@@ -172,7 +172,7 @@ def load_values(
             low = tl.load(lows + at, mask=mask, other=0.0).to(tl.float32)
             step = tl.load(steps + at, mask=mask, other=0.0).to(tl.float32)
         row = codes + token_head[:, None] * (DV * BITS // 8)
-        found = unpack(row, d[None, :], DV, BITS, mask).to(tl.float32)
+        found = unpack_codes(row, d[None, :], DV, BITS, mask).to(tl.float32)
         values = found * (step * 0.5) + low * 0.5
         if NARROW:
             values = values.to(tl.float16)

@@ -84,6 +84,12 @@ def make_scene(device: str) -> Callable[..., Scene]:
     return make
 
 
+@pytest.fixture
+def make_scene_on() -> Callable[..., Scene]:
+    """Return ``random_scene`` for tests that name the device themselves."""
+    return lambda device, **shape: random_scene(device=device, **shape)
+
+
 @dataclasses.dataclass
 class Scene:
     """Pages of one layer, block tables and plain tokens of a batch, and what a decode step gets."""
