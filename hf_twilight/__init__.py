@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .embedded import load_model, load_tokenizer
     from .engine import Engine, SamplingParams
     from .generation import disable, enable, patch, twilight, unpatch
+    from .prefill_calibration import calibrate_prefill
     from .skvq_calibration import calibrate_skvq
 
 _HOMES = {
@@ -28,6 +29,7 @@ _HOMES = {
     "TwilightCache": "cache",
     "TwilightConfig": "config",
     "calibrate": "calibration",
+    "calibrate_prefill": "prefill_calibration",
     "calibrate_skvq": "skvq_calibration",
     "disable": "generation",
     "enable": "generation",
@@ -46,6 +48,7 @@ __all__ = [
     "TwilightCache",
     "TwilightConfig",
     "calibrate",
+    "calibrate_prefill",
     "calibrate_skvq",
     "disable",
     "enable",

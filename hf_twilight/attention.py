@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 if TYPE_CHECKING:
-    from .cache import TwilightLayer
+    from .layer import TwilightLayer
 
 ATTENTION_NAME = "twilight"
 STEP_ARGUMENT = "twilight_step"  # the engine's forward, see engine/runner.py

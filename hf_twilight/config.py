@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ class TwilightConfig:
     def layout(self) -> Layout:
         return Layout(self.page_size, self.num_sinks, self.window)
 
-    @property
+    @cached_property  # asked for by each layer at each step
     def is_exact(self) -> bool:
         """Whether nothing is rounded and nothing left out: attention is then the stock function."""
         codecs = [self.key_codec, self.value_codec, *(codec for layer in self.layers for codec in self.codecs(layer))]

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from .cache import TwilightCache
 from .config import TwilightConfig
+from .drift import compare
 
 STEPS = 48
 SHARES = (0.8, 0.85, 0.9, 0.95, 0.98, 0.99)
@@ -47,17 +48,18 @@ class DecodeDrift:
             The settings (``p=1`` if no share will do), and the drift of each share that was tried.
         """
         exact, _ = self._decode(replace(settings, p=1.0))
+        next_ids = self.ids[0, -STEPS:].roll(-1)  # of no matter to the divergence
         tried: dict[str, float] = {}
         for p in SHARES:
             got, _ = self._decode(replace(settings, p=p, min_sparse_len=0))
-            tried[str(p)] = (exact.exp() * (exact - got)).sum(-1).mean().item()
+            tried[str(p)] = float(compare(exact, got, next_ids).kl.mean())
             if tried[str(p)] <= max_drift:
                 return replace(settings, p=p), tried
         return replace(settings, p=1.0), tried
 
     @torch.inference_mode()
     def _decode(self, settings: TwilightConfig) -> tuple[Tensor, TwilightCache]:
-        """Log-probabilities of the last steps, ``[STEPS, vocabulary]``, and the cache that they went through."""
+        """Logits of the last steps, ``[STEPS, vocabulary]``, and the cache that they went through."""
         cache = copy.deepcopy(self.cache)
         for layer in cache.twilight_layers:
             layer.settings = settings
@@ -65,5 +67,5 @@ class DecodeDrift:
                 layer.store.policy = settings.policy(layer.layer_idx)
         found = []
         for token in self.ids[:, -STEPS:].split(1, 1):
-            found.append(self.model(token, past_key_values=cache).logits[0, -1].float().log_softmax(-1))
+            found.append(self.model(token, past_key_values=cache).logits[0, -1])
         return torch.stack(found), cache

@@ -16,8 +16,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from twilight_cache import PagePool, SequenceBatch
 
-from .cache import TwilightLayer
 from .config import TwilightConfig
+from .layer import TwilightLayer
 from .layer_settings import LayerSettings
 
 # Tokens of a forward and of the window, whatever the preset's: almost all that is attended to has been packed, and

@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twilight_kernels import StripePlan, attend_stripes, backend_name, select_stripes
+from twilight_kernels import StripePlan, attend_stripes, has_kernels, select_stripes
 
 from .config import TwilightConfig
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class SparsePrefill:
 
         Fewer rows than a strip have too few samples to choose by; few keys are read faster than chosen.
         """
-        if not self.is_on or backend_name(query.device) == "reference" or query.dtype not in _DTYPES:
+        if not self.is_on or not has_kernels(query.device, query.dtype):
             return False
         return keys.shape[2] >= self.min_keys and query.shape[2] >= self.plan.strip
 

@@ -27,7 +27,8 @@ from .config import TwilightConfig
 from .signature import difference, signature
 
 if TYPE_CHECKING:
-    from .cache import TwilightCache, TwilightLayer
+    from .cache import TwilightCache
+    from .layer import TwilightLayer
 
 FILE_VERSION = 1
 

@@ -6,6 +6,7 @@ whole forwards, stock cache and attention against Twilight's, in turns.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from hf_twilight import TwilightCache
 from hf_twilight.recording import Record, recording
 from twilight_kernels import _reference, attend_stripes, select_stripes
 
-from . import documents, models, tables, timing
+from . import documents, eval_plots, models, resident, tables, timing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,6 +71,38 @@ def run(model_name: str, settings: TwilightConfig, plan: Plan, *, text: Path | N
                 _print_whole(model_name, result)
             results.append(result)
     return {"model": model_name, "settings": settings.to_dict(), "results": results}
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Draw the time to the first token against the length of the prompt, for each dtype."""
+    from matplotlib.ticker import NullLocator
+
+    dtypes = list(dict.fromkeys(found["dtype"] for found in result["results"]))
+    figure = eval_plots.new_figure(5.5 * len(dtypes), 4.5)
+    for axes, dtype in zip(figure.subplots(1, len(dtypes), squeeze=False)[0], dtypes, strict=True):
+        found = sorted((r for r in result["results"] if r["dtype"] == dtype), key=lambda r: r["context"])
+        contexts = [r["context"] for r in found]
+        for name, colour in (("stock", "#57534e"), ("twilight", "#c2410c")):
+            seconds = [r["ttft_ms"][name]["median"] / 1e3 for r in found]
+            axes.plot(contexts, seconds, "o-", color=colour, label=name)
+        for r in found:
+            at = r["context"], r["ttft_ms"]["twilight"]["median"] / 1e3
+            axes.annotate(f"{r['ttft_speedup']:.2f}x", at, (4, -12), textcoords="offset points", fontsize=8)
+        ends = r"doubling the prompt costs {:.1f}x (stock), {:.1f}x (twilight) at the long end"
+        growth = [_growth(found, name) for name in ("stock", "twilight")] if len(found) > 1 else None
+        axes.set(xscale="log", yscale="log", xlabel="tokens of the prompt", ylabel="seconds to the first token")
+        axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_title(f"{result['model']}, {dtype}" + (f"\n{ends.format(*growth)}" if growth else ""), fontsize=9)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    eval_plots.save(figure, path)
+
+
+def _growth(found: list[dict[str, Any]], name: str) -> float:
+    """What doubling the prompt costs, from the two longest."""
+    (few, short), (many, long) = ((r["context"], r["ttft_ms"][name]["median"]) for r in found[-2:])
+    return float((long / short) ** (1 / math.log2(many / few)))
 
 
 @torch.inference_mode()
@@ -134,15 +167,18 @@ def _check(found: Record, settings: TwilightConfig) -> None:
 def _whole(model: PreTrainedModel, ids: Tensor, settings: TwilightConfig, rounds: int) -> dict[str, Any]:
     """Time forwards of the whole prompt, each with a new cache."""
     stats: list[dict[str, Any]] = []
+    peaks: dict[str, list[int]] = {}
 
     @torch.inference_mode()
     def read(attention: str) -> None:
         models.use_attention(model, attention)
         is_ours = attention == models.OUR_ATTENTION
+        resident.reset_peak()
         cache = TwilightCache(model.config, settings) if is_ours else models.stock_cache(model)
         model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         if isinstance(cache, TwilightCache):
             stats[:] = cache.prefill_stats()
+        peaks.setdefault("twilight" if is_ours else "stock", []).append(resident.peak_bytes() or 0)
 
     entrants = {"stock": lambda: read(models.STOCK_ATTENTION), "twilight": lambda: read(models.OUR_ATTENTION)}
     with tables.progress("Reading", rounds) as bar:
@@ -152,6 +188,7 @@ def _whole(model: PreTrainedModel, ids: Tensor, settings: TwilightConfig, rounds
     return {
         "ttft_ms": summaries,
         "ttft_speedup": summaries["stock"]["median"] / summaries["twilight"]["median"],
+        "peak_bytes": {name: min(found) or None for name, found in peaks.items()},
         "sparse_layers": len(stats),
         "density": sum(density) / len(density) if density else 1.0,
     }
@@ -177,8 +214,11 @@ def _print_whole(name: str, result: dict[str, Any]) -> None:
     extended = ", RoPE extended with YaRN" if result["rope_extended_with_yarn"] else ""
     title = f"{name}, {result['dtype']}, {result['context']:,} tokens{extended}: time to the first token"
     rows = [
-        [entrant, f"{times['median'] / 1e3:.2f}", f"{result['ttft_ms']['stock']['median'] / times['median']:.2f}"]
+        [
+            entrant, f"{times['median'] / 1e3:.2f}", f"{result['ttft_ms']['stock']['median'] / times['median']:.2f}",
+            f"{(result['peak_bytes'][entrant] or math.nan) / 1e6:,.0f}",
+        ]
         for entrant, times in result["ttft_ms"].items()
-    ]
-    tables.print_table(title, ["cache", "seconds", "x stock"], rows)
+    ]  # fmt: skip
+    tables.print_table(title, ["cache", "seconds", "x stock", "peak MB, model included"], rows)
     tables.say(f"sparse in {result['sparse_layers']} layers, which compute {result['density']:.1%} of the pairs")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hf_twilight import calibrate, calibrate_skvq
+from hf_twilight import Calibration, calibrate, calibrate_prefill, calibrate_skvq
 from hf_twilight.calibration import RATIOS
 
 from . import models, tables
@@ -24,6 +24,7 @@ def run(
     sample_len: int,
     samples: int,
     seed: int,
+    with_prefill: bool,
 ) -> dict[str, Any]:
     """Calibrate a model, write the result to ``folder`` and print what was found.
 
@@ -32,13 +33,21 @@ def run(
     """
     settings = models.parse_settings(preset, changes)
     model, tokenizer = models.load(name, dtype), models.load_tokenizer(name)
+    words = [path.read_text(encoding="utf-8") for path in texts]
     with tables.progress("measuring layers", total=1) as bar:
         found = calibrate(
-            model, tokenizer, [path.read_text(encoding="utf-8") for path in texts], preset=settings,
+            model, tokenizer, words, preset=settings,
             ratio=RATIOS.get(preset) if ratio is None else ratio,
             max_drift=max_drift, sample_len=sample_len, samples=samples, seed=seed, folder=folder,
             on_progress=lambda done, total: bar.update(bar.task_ids[0], completed=done, total=total),
         )  # fmt: skip
+    if with_prefill:
+        with tables.progress("reading prompts", total=1) as bar:
+            chosen, facts = calibrate_prefill(
+                model, tokenizer, words, found.settings, seed=seed,
+                on_progress=lambda done, total: bar.update(bar.task_ids[0], completed=done, total=total),
+            )  # fmt: skip
+        found = Calibration(chosen, found.report | {"prefill": facts})
     found.save_pretrained(folder)
     _print(found.settings, found.report)
     tables.say(f"written to {folder}; use it with: hf-twilight generate --preset {folder}")
@@ -66,5 +75,17 @@ def _print(settings: Any, report: dict[str, Any]) -> None:
         rows.append([index, *drifts, str(key_codec.bits), str(value_codec.bits), share, dense])
     columns = ["layer", "2-bit keys, mnat", "2-bit values, mnat", "key bits", "value bits", "kept", "dense"]
     tables.print_table("drift of each layer alone, and what it got", columns, rows)
+    if "prefill" in report:
+        _print_prefill(settings.alpha, report["prefill"])
     drift, ratio = report["expected_drift"], report["ratio"]
     tables.say(f"{ratio}x smaller than bf16 at 8,000 tokens; expected drift {drift:.4f} nats a token, p {settings.p}")
+
+
+def _print_prefill(alpha: float, facts: dict[str, Any]) -> None:
+    rows = [
+        [tried, f"{found['score']:.2%}", f"{found['agreement']:.1%}", f"{found['kl']:.4f}", f"{found['density']:.0%}"]
+        for tried, found in facts["tried"].items()
+    ]
+    columns = ["alpha", "score kept", "argmax agrees", "KL", "pairs computed"]
+    tables.print_table(f"sparse prefill of {facts['sample_len']:,} tokens against dense", columns, rows)
+    tables.say(f"alpha {alpha}: the smallest that keeps {facts['kept_score']:.0%} of the dense score")

@@ -144,6 +144,9 @@ def calibrate(
     ] = None,
     sample_len: Annotated[int, typer.Option(help="Tokens of a sample; longer ones weigh long contexts.")] = 4096,
     samples: Annotated[int, typer.Option(help="Samples; time grows with them.")] = 1,
+    prefill: Annotated[
+        bool, typer.Option("--prefill", help="Choose alpha too: the smallest that keeps 99 % of the dense score.")
+    ] = False,
     seed: options.Seed = 0,
     threads: options.Threads = None,
     json: options.Json = False,
@@ -158,19 +161,20 @@ def calibrate(
     \b
     Examples:
       hf-twilight calibrate --text notes.txt --out ./compact --preset compact
+      hf-twilight calibrate --text book.txt --out ./mine --prefill
       hf-twilight generate --preset ./compact
     """
     with session(verbose=verbose, quiet=quiet, seed=seed, threads=threads):
         from .calibrate import run, run_skvq
 
         if codec == "skvq":
-            if (preset, changes, ratio, max_drift, samples) != ("balanced", [], None, None, 1):
+            if (preset, changes, ratio, max_drift, samples, prefill) != ("balanced", [], None, None, 1, False):
                 raise ValueError("only --sample-len and --seed may be given with --codec skvq, got another setting")
             result = run_skvq(model, dtype, text, out, sample_len=sample_len, seed=seed)
         elif codec == "channel":
             result = run(
                 model, dtype, text, out, preset=preset, changes=changes, ratio=ratio, max_drift=max_drift,
-                sample_len=sample_len, samples=samples, seed=seed,
+                sample_len=sample_len, samples=samples, seed=seed, with_prefill=prefill,
             )  # fmt: skip
         else:
             raise ValueError(f"codec must be channel or skvq, got {codec!r}")
@@ -196,6 +200,29 @@ def env(json: options.Json = False, verbose: options.Verbose = 0, quiet: options
         print_table("hf-twilight", ["fact", "here"], rows, left=2)
         if json:
             print_json("env", **installation())
+
+
+@app.command("stage-kernels")
+def stage_kernels(
+    out: Annotated[Path, typer.Option(help="Folder: new, empty, or staged before.")],
+    json: options.Json = False,
+    verbose: options.Verbose = 0,
+    quiet: options.Quiet = False,
+) -> None:
+    """Lay the kernels out as the package kernels loads them from a folder or the Hub.
+
+    \b
+    Example:
+      hf-twilight stage-kernels --out ./twilight-kernels
+    """
+    with session(verbose=verbose, quiet=quiet):
+        from .stage_kernels import stage
+        from .tables import say
+
+        result = stage(out)
+        say(f"{result['files']} files for each of {', '.join(result['backends'])} in {out}")
+        if json:
+            print_json("stage-kernels", **result)
 
 
 app.command()(serve)

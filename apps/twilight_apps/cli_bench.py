@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from . import options
-from .cli_bench_gpu import aot
+from .cli_bench_gpu import aot, gpu
 from .environment import print_json
 from .session import session
 
@@ -26,6 +26,7 @@ bench = typer.Typer(
     help="Time Twilight against baselines that run in the same minutes, round by round.",
 )
 bench.command("aot")(aot)
+bench.command("gpu")(gpu)
 
 
 @bench.command("decode")
@@ -126,6 +127,10 @@ def prefill(
     changes: options.Set = options.NO_CHANGES,
     layers: Annotated[list[int], typer.Option("--layer", help="Layers to time alone; repeatable.")] = PREFILL_LAYERS,
     rounds: Annotated[int, typer.Option(help="Whole forwards of each cache; 0 times layers only.")] = 2,
+    whole_only: Annotated[bool, typer.Option("--whole-only", help="Time no layers, whole forwards only.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for bench-prefill.json, .csv and .png; made if missing.")
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="A text file; default: Python's language reference.")] = None,
     threads: options.Threads = None,
     json: options.Json = False,
@@ -141,13 +146,23 @@ def prefill(
     Examples:
       hf-twilight bench prefill --context 8000 --dtype bfloat16 --dtype float32 --json
       hf-twilight bench prefill --context 32000 --rounds 0 --layer 12 --set alpha=0.9
+      hf-twilight bench prefill --context 1000 --context 4000 --context 16000 --whole-only --out results
     """
     with session(verbose=verbose, quiet=quiet, threads=threads):
-        from .bench_prefill import Plan, run
+        from .bench_prefill import Plan, draw, run
+        from .eval_output import require_plotting, write
         from .models import parse_settings
+        from .tables import say
 
-        plan = Plan(tuple(contexts), tuple(dtypes), tuple(layers), rounds)
+        if (whole_only and not rounds) or (out is not None and not rounds):
+            raise ValueError("rounds must be at least 1 with --whole-only or --out, got 0")
+        require_plotting(out)
+        plan = Plan(tuple(contexts), tuple(dtypes), () if whole_only else tuple(layers), rounds)
         result = run(model, parse_settings(preset, changes), plan, text=text)
+        if out is not None:
+            rows = [{k: v for k, v in found.items() if k != "layers"} for found in result["results"]]
+            paths = write(out, "bench-prefill", result, rows, lambda path: draw(result, path))
+            say(f"written: {', '.join(map(str, paths))}")
         if json:
             print_json("bench prefill", **result)
 
@@ -172,6 +187,7 @@ def serve(
     context: Annotated[int, typer.Option(help="Tokens of w10's prompts.")] = 1000,
     rounds: Annotated[int, typer.Option(help="Runs of each entrant.")] = 1,
     limit_s: Annotated[float, typer.Option(help="Seconds after which a run is stopped.")] = 180.0,
+    total_s: Annotated[float, typer.Option(help="Seconds that everything may take.")] = 900.0,
     memory_share: Annotated[
         float, typer.Option(help="Of the machine's memory, for the cache of cb; Transformers' own default is 0.6.")
     ] = 0.25,
@@ -192,13 +208,13 @@ def serve(
       hf-twilight bench serve --workload w10 --requests 4 --context 500 --entrant twilight --entrant cb-tuned
     """
     with session(verbose=verbose, quiet=quiet, threads=threads):
-        from .bench_serve import run
+        from .bench_serve import Effort, run
         from .models import parse_settings
         from .workloads import Sizes
 
         sizes = Sizes(requests=requests, shared=shared, answer=answer, rate=rate, context=context)
         result = run(
-            model, dtype, parse_settings(preset, changes), workloads, entrants, sizes, rounds=rounds, limit_s=limit_s,
+            model, dtype, parse_settings(preset, changes), workloads, entrants, sizes, Effort(rounds, limit_s, total_s),
             memory_share=memory_share, text=text,
         )  # fmt: skip
         if json:

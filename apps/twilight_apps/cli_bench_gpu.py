@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +12,7 @@ from .environment import print_json
 from .session import session
 
 CAPABILITIES = [80, 90, 100]
+PARTS = ["decode", "prefill", "step", "memory"]
 EXIT_FAULT = 1
 
 
@@ -38,4 +40,39 @@ def aot(
         if json:
             print_json("bench aot", **result)
     if result["faults"]:
+        raise typer.Exit(EXIT_FAULT)
+
+
+def gpu(
+    out: Annotated[Path, typer.Option(help="Folder for bench-gpu.json, written after each result.")],
+    parts: Annotated[
+        list[str], typer.Option("--part", help="decode, prefill, step or memory; repeatable. Default: all.")
+    ] = PARTS,
+    toy: Annotated[
+        bool, typer.Option("--toy", help="Walk the whole path at toy sizes on the CPU; nothing is measured.")
+    ] = False,
+    budget_s: Annotated[float, typer.Option(help="Seconds after which no further result is begun.")] = 540.0,
+    seed: options.Seed = 0,
+    verbose: options.Verbose = 0,
+    quiet: options.Quiet = False,
+) -> None:
+    """Check every kernel against float64 on a GPU, then time it against the fastest dense attention there.
+
+    One layer's decode (8,000 to 131,000 tokens, 1 to 64 requests) and prefill at the shape of an 8B model, a whole
+    decode step of such a model at 131,072 tokens, and the cache of a million tokens beside its weights. Needs no
+    network and no weights.
+
+    Exit status: 1 if a kernel was wrong, and was not timed for it.
+
+    \b
+    Examples:
+      hf-twilight bench gpu --out results
+      python -m twilight_apps.bench gpu --out results --part decode
+      TRITON_INTERPRET=1 HF_TWILIGHT_BACKEND=triton hf-twilight bench gpu --out /tmp/toy --toy
+    """
+    with session(verbose=verbose, quiet=quiet, seed=seed):
+        from .bench_gpu import run
+
+        result = run(out, parts, is_toy=toy, budget_s=budget_s, seed=seed)
+    if result["failures"]:
         raise typer.Exit(EXIT_FAULT)

@@ -77,18 +77,32 @@ def ask_all(
     return records
 
 
-def prepare(
-    model_name: str, dtype: str, presets: Sequence[str], baselines: Sequence[str], longest: int
-) -> tuple[PreTrainedModel, list[Method]]:
-    """Load the model for prompts of ``longest`` tokens, and list the methods, the dense model first."""
+def run(
+    model_name: str,
+    dtype: str,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    presets: Sequence[str],
+    baselines: Sequence[str],
+) -> dict[str, Any]:
+    """Load the model for the longest prompt and ask the dense model, the presets and the baselines every question.
+
+    Returns:
+        ``model``, ``dtype``, ``settings`` by method, ``records`` as of ``ask_all``.
+    """
     methods = [
         eval_methods.dense(),
         *eval_methods.presets(presets),
         *eval_methods.baselines(baselines or [eval_methods.NO_BASELINES]),
     ]
+    longest = max(task.prompt.ids.shape[1] + task.max_new_tokens for task in tasks)
     model = models.load(model_name, dtype, longest)
     models.use_attention(model, models.OUR_ATTENTION)
-    return model, methods
+    return {
+        "model": model_name, "dtype": str(model.dtype).removeprefix("torch."),
+        "settings": {method.name: method.settings for method in methods},
+        "records": ask_all(model, tokenizer, tasks, methods),
+    }  # fmt: skip
 
 
 def means(records: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[tuple[Any, ...], float]:

@@ -53,14 +53,10 @@ def run(
         What ``--json`` prints; ``"records"`` has one entry a needle and method.
     """
     tokenizer = models.load_tokenizer(model_name)
-    tasks = _tasks(tokenizer, texts, plan)
-    longest = max(task.prompt.ids.shape[1] + task.max_new_tokens for task in tasks)
-    model, methods = eval_answers.prepare(model_name, dtype, presets, baselines, longest)
-    return {
-        "model": model_name, "dtype": str(model.dtype).removeprefix("torch."), "texts": list(texts), "seed": plan.seed,
-        "lengths": list(plan.lengths), "depths": list(plan.depths), "trials": plan.trials,
-        "settings": {method.name: method.settings for method in methods},
-        "records": eval_answers.ask_all(model, tokenizer, tasks, methods),
+    asked = eval_answers.run(model_name, dtype, tokenizer, _tasks(tokenizer, texts, plan), presets, baselines)
+    return asked | {
+        "texts": list(texts), "seed": plan.seed, "lengths": list(plan.lengths),
+        "depths": list(plan.depths), "trials": plan.trials,
     }  # fmt: skip
 
 

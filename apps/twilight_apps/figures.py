@@ -2,8 +2,9 @@
 
     python -m twilight_apps.figures README.md docs/results
     python -m twilight_apps.figures docs/evaluation.md docs/results
+    python -m twilight_apps.figures docs/serving.md docs/results
 
-reads ``bench-*.json`` for the one and ``eval-*.json`` for the other, and replaces what stands between the markers.
+reads ``bench-*.json``, ``eval-*.json`` and ``bench-serve*.json`` in turn, and replaces what stands between the markers.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import eval_figures
+from . import eval_figures, serve_figures
 
 START, END = "<!-- figures -->", "<!-- end of figures -->"
 EVALUATION_START, EVALUATION_END = "<!-- evaluation -->", "<!-- end of evaluation -->"
+SERVING_START, SERVING_END = "<!-- serving -->", "<!-- end of serving -->"
 
 
 def main() -> None:
@@ -33,7 +35,11 @@ def with_figures(text: str, folder: Path) -> str:
     Raises:
         ValueError: the markers are missing.
     """
-    sections = [(START, END, render), (EVALUATION_START, EVALUATION_END, eval_figures.render)]
+    sections = [
+        (START, END, render),
+        (EVALUATION_START, EVALUATION_END, eval_figures.render),
+        (SERVING_START, SERVING_END, serve_figures.render),
+    ]
     present = [section for section in sections if section[0] in text and section[1] in text]
     if not present:
         pairs = " or ".join(f"{start} and {end}" for start, end, _ in sections)

@@ -58,27 +58,44 @@ def attention_inputs(heads: int, kv_heads: int, head_dim: int, tokens: int, seed
     if tokens < 2:
         raise ValueError(f"context must be at least 2 tokens, got {tokens}")
     generator = torch.Generator().manual_seed(seed)
-    per_kv, scaling = heads // kv_heads, head_dim**-0.5
-    gammas = torch.tensor([power_law_exponent(share) for share in NEEDED_SHARES])
-    chosen = gammas[torch.randint(len(gammas), (heads,), generator=generator)]
+    exponents = draw_exponents(heads, generator)
     query = torch.randn(heads, head_dim, generator=generator)
-    logits = torch.empty(heads, tokens)
+    keys, logits = keys_for(query, exponents, kv_heads, tokens, generator)
+    values = torch.randn(1, kv_heads, tokens, head_dim, generator=generator)
+    return AttentionInputs(query[None], keys, values, logits, head_dim**-0.5)
+
+
+def draw_exponents(heads: int, generator: torch.Generator) -> Tensor:
+    """Draw ``[heads]`` exponents of the power law, on the CPU like ``generator``."""
+    gammas = torch.tensor([power_law_exponent(share) for share in NEEDED_SHARES])
+    return gammas[torch.randint(len(gammas), (heads,), generator=generator)]
+
+
+def keys_for(
+    query: Tensor, exponents: Tensor, kv_heads: int, tokens: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Make keys ``[1, K, tokens, D]`` to which ``query [H, D]`` has logits ``[H, tokens]`` of the power law, float32.
+
+    ``generator`` must be on the query's device.
+    """
+    heads, head_dim = query.shape
+    per_kv, scaling, device = heads // kv_heads, head_dim**-0.5, query.device
+    logits = torch.empty(heads, tokens, device=device)
     for head in range(heads):
-        rank = torch.randperm(tokens, generator=generator) + 1
-        logits[head] = -chosen[head] * rank.log()
-    keys = torch.empty(1, kv_heads, tokens, head_dim)
+        rank = torch.randperm(tokens, generator=generator, device=device) + 1
+        logits[head] = -float(exponents[head]) * rank.log()
+    keys = torch.empty(1, kv_heads, tokens, head_dim, device=device)
     for k in range(kv_heads):
         group = slice(k * per_kv, (k + 1) * per_kv)
         q, target = query[group].double(), logits[group].double() / scaling
         dual = torch.linalg.pinv(q)  # [D, G]
-        noise = torch.randn(tokens, head_dim, generator=generator).mul_(_NOISE)
+        noise = torch.randn(tokens, head_dim, generator=generator, device=device).mul_(_NOISE)
         basis = torch.linalg.qr(q.T)[0].float()  # [D, G]
         noise -= (noise @ basis) @ basis.T
         centred = target - target.mean(-1, keepdim=True)  # softmax does not see it, channel ranges do
         keys[0, k] = (dual @ centred).T.float() + noise
         logits[group] -= logits[group].double().mean(-1, keepdim=True).float()
-    values = torch.randn(1, kv_heads, tokens, head_dim, generator=generator)
-    return AttentionInputs(query[None], keys, values, logits, scaling)
+    return keys, logits
 
 
 def power_law_exponent(share: float) -> float:

@@ -66,7 +66,8 @@ class LayerStore:
         self.plain: PlainTokens | None = None
         self.tokens = 0  # logical tokens that this layer took; others may be a step ahead
         self.stats: Tensor | None = None  # [B, H, 5] float64, see decode_attention
-        self.coverage: Tensor | None = None  # [B, H] float64, added to: see Selection; NaN where unknown
+        self.coverage: Tensor | None = None  # [B, H] float64, added to by selections; NaN where unknown
+        self.num_whole = 0  # decode steps at which every packed token was a candidate
         self.num_decodes = 0
         self.selector_state = SelectorState()
 
@@ -110,12 +111,15 @@ class LayerStore:
         assert isinstance(self.keys, KeyPages) and isinstance(self.values, ValuePages) and self.plain is not None
         if self.stats is None or self.stats.shape[:2] != query.shape[:2]:
             self.stats = torch.zeros(*query.shape[:2], 5, dtype=torch.float64, device=query.device)
-            self.coverage, self.num_decodes = torch.zeros_like(self.stats[..., 0]), 0
+            self.coverage, self.num_decodes, self.num_whole = torch.zeros_like(self.stats[..., 0]), 0, 0
         block_table, num_pages, plain_len = _tables(step, query.device)
         policy = self.policy
         selection = self.select(query, scaling, step)
-        self._add_coverage(selection, num_pages)
         self.num_decodes += 1
+        if selection is None:
+            self.num_whole += 1
+        else:
+            self._add_coverage(selection, num_pages)
         return decode_attention(
             query,
             self.keys,
@@ -155,15 +159,12 @@ class LayerStore:
         block_table, num_pages, plain_len = (torch.from_numpy(table.copy()).to(device) for table in tables)
         selector.observe(queries[:, :, -last:].detach(), self._view(block_table, num_pages, plain_len, scaling))
 
-    def _add_coverage(self, selection: Selection | None, num_pages: Tensor) -> None:
-        """Count what share of the mass the candidates carry: all of it where every token is one."""
+    def _add_coverage(self, selection: Selection, num_pages: Tensor) -> None:
+        """Count what share of the mass the candidates carry: all of it in rows where every token is one."""
         assert self.coverage is not None
-        # never in place: a tensor of inference mode may not be written to outside of it
-        if selection is None:
-            self.coverage = self.coverage + 1.0
-            return
         known = torch.nan if selection.coverage is None else selection.coverage
         is_dense = num_pages * self.key_codec.page_size < self.policy.min_sparse_len
+        # never in place: a tensor of inference mode may not be written to outside of it
         self.coverage = self.coverage + torch.where(is_dense[:, None], 1.0, known)
 
     def _view(self, block_table: Tensor, num_pages: Tensor, plain_len: Tensor, scaling: float) -> LayerView:
@@ -243,7 +244,7 @@ class LayerStore:
         self.keys = self.values = self.plain = self.stats = self.coverage = None
         self.selector_state = SelectorState()
         self.tokens = 0
-        self.num_decodes = 0
+        self.num_decodes = self.num_whole = 0
 
     @torch.inference_mode(mode=False)
     def move(self, device: torch.device) -> None:
@@ -259,7 +260,7 @@ class LayerStore:
         """Share of the attention mass that candidates, sinks and window carry, per query head; None if unknown."""
         if self.coverage is None or not self.num_decodes or self.coverage.isnan().any():
             return None
-        mean: list[float] = (self.coverage.mean(0) / self.num_decodes).tolist()
+        mean: list[float] = ((self.coverage.mean(0) + self.num_whole) / self.num_decodes).tolist()
         return mean
 
     def bytes_read(self, scored: Sequence[float], kept: Sequence[float]) -> float:

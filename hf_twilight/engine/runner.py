@@ -211,10 +211,6 @@ def plain_slot(page: TreePage) -> int:
 
 
 def layer_codecs(settings: TwilightConfig, shapes: Sequence[LayerShape], layer: int) -> tuple[KeyCodec, ValueCodec]:
-    """The codecs of a layer; raw ones where some layer's heads do not pack into whole bytes."""
+    """The codecs of a layer; raw ones where its heads do not pack into whole bytes."""
     key_codec, value_codec = settings.codecs(layer)
-    if any(shape.key_dim % 8 for shape in shapes):
-        key_codec = KeyCodec(16, settings.page_size)
-    if any(shape.value_dim % 8 for shape in shapes):
-        value_codec = ValueCodec(16, settings.page_size)
-    return key_codec, value_codec
+    return key_codec.for_heads(shapes[layer].key_dim), value_codec.for_heads(shapes[layer].value_dim)

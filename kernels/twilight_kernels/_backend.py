@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _reference
-from .layout import RAW_DTYPES
+from .page_codec import RAW_DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,11 @@ def backend_name(device: torch.device | str) -> str:
         ValueError: an override that does not exist, or that cannot run on ``device``.
     """
     return _name(torch.device(device).type, os.environ.get(OVERRIDE, ""))
+
+
+def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether tensors of ``dtype`` on ``device`` have kernels of their own, not only the slow reference."""
+    return backend_name(device) != "reference" and dtype in RAW_DTYPES
 
 
 def kernels(concept: str, tensor: Tensor, dtype: torch.dtype) -> ModuleType:

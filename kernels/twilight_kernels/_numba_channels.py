@@ -48,7 +48,7 @@ from ._numba_numbers import (
 )
 from ._numba_pool import BLOCK_SIZE, SOURCE_HASH, compile_worker, run
 from ._numba_score import fold_query, mark_absent, read_bounds
-from ._reference import CHANNEL_CHUNK
+from ._reference_score import CHANNEL_CHUNK
 from .layout import KeyPages
 
 

@@ -40,7 +40,7 @@ from ._numba_page_block import (
 )
 from ._numba_pool import BLOCK_SIZE, run
 from ._numba_value_pages import value_worker
-from ._reference import not_finite
+from ._reference_codec import not_finite
 from .layout import KeyPages, ValuePages
 
 

@@ -33,7 +33,7 @@ from ._numba_ir import (
     zeros,
 )
 from ._numba_numbers import ITEM_BYTES, RAW_BF16, RAW_F16, RAW_F32
-from .layout import planes
+from .page_codec import planes
 
 _ACCUMULATORS = 16  # vectors carried through an inner loop; 32 registers less operands and masks
 

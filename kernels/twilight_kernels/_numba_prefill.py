@@ -44,7 +44,8 @@ from ._numba_stripe_block import (
     WINDOW,
 )
 from ._numba_stripe_select import scratch, select_strip
-from .layout import StripePlan
+from ._numba_strips import BLOCK
+from .stripe_plan import StripePlan
 
 
 def select_stripes(
@@ -93,7 +94,7 @@ def _block(query: Tensor, keys: Tensor, plan: StripePlan, scaling: float, paddin
 
 @cache
 def _select_worker(kind: int, q_per_kv: int, samples: int) -> int:
-    source = SOURCE_HASH
+    source, lanes = SOURCE_HASH, min(BLOCK, q_per_kv * samples)
 
     def worker(arg):
         block = carray(arg, (BLOCK_SIZE,))
@@ -101,7 +102,7 @@ def _select_worker(kind: int, q_per_kv: int, samples: int) -> int:
         weights = scratch(q_per_kv, samples, block)
         task = fetch_add(ticket, 1)
         while task < tasks:
-            select_strip(kind, q_per_kv, samples, block, tasks - 1 - task, weights)  # the longest first
+            select_strip(kind, q_per_kv, samples, lanes, block, tasks - 1 - task, weights)  # the longest first
             task = fetch_add(ticket, 1)
 
     def tiles(arg):
@@ -110,7 +111,7 @@ def _select_worker(kind: int, q_per_kv: int, samples: int) -> int:
         weights = scratch(q_per_kv, samples, block)
         task = fetch_add(ticket, 1)
         while task < tasks:
-            select_strip_tiles(q_per_kv, samples, block, tasks - 1 - task, weights)
+            select_strip_tiles(q_per_kv, samples, lanes, block, tasks - 1 - task, weights)
             task = fetch_add(ticket, 1)
 
     name = f"select_stripes, kind {kind}, q_per_kv {q_per_kv}, samples {samples}"

@@ -21,7 +21,7 @@ from ._numba_stripe_block import (
     float_field,
     strip_of,
 )
-from ._numba_stripe_select import choose_stripes, sampled_rows
+from ._numba_stripe_select import choose_stripes, running, sampled_rows, weigh_tile
 from ._numba_strips import BLOCK, hide_later, shrink_rows, softmax_tile
 
 _TILE = 64  # keys at a time
@@ -68,8 +68,9 @@ def attend_strip_tiles(q_per_kv, block, task):
                 hide_later(logits, positions, here, position)
             logits[here:] = LOWEST
             if softmax_tile(
-                1, logits.ctypes.data, _TILE, scaling, top[i].ctypes.data, total[i].ctypes.data, shrink.ctypes.data
-            ):
+                1, BLOCK, logits.ctypes.data, logits.ctypes.data, _TILE, scaling, top[i].ctypes.data,
+                total[i].ctypes.data, shrink.ctypes.data,
+            ):  # fmt: skip
                 shrink_rows(out[i], value_dim, shrink)
             tile_product(
                 1, values.ctypes.data, 2 * _TILE, value_wide, _TILE // 2, logits.ctypes.data, out[i].ctypes.data
@@ -79,10 +80,11 @@ def attend_strip_tiles(q_per_kv, block, task):
 
 
 @fast
-def select_strip_tiles(q_per_kv, samples, block, task, weights):
+def select_strip_tiles(q_per_kv, samples, lanes, block, task, weights):
     """As ``select_strip``."""
     literally(q_per_kv)
     literally(samples)
+    literally(lanes)
     row, kv_head, pad, start, end = strip_of(block, task)
     if start >= end:
         return
@@ -95,7 +97,8 @@ def select_strip_tiles(q_per_kv, samples, block, task, weights):
         for r in range(count):
             lane = g * samples + r
             _pack_query(block, row, kv_head * q_per_kv + g, rows[r], dim, lane % BLOCK, query[lane // BLOCK])
-    tile = np.zeros((_TILE, wide), np.uint16)
+    tile, logits = np.zeros((_TILE, wide), np.uint16), np.empty((_TILE, BLOCK), np.float32)
+    state = running(weights)
     base = block[KEYS] + 2 * (row * block[KEYS + 1] + kv_head * block[KEYS + 2] + pad * block[KEYS + 3])
     tiles_on(block[TILES])
     for first in range(0, keys, _TILE):
@@ -105,11 +108,10 @@ def select_strip_tiles(q_per_kv, samples, block, task, weights):
             for d in range(dim):
                 tile[n, d] = source[d]
         for i in range(len(query)):
-            tile_product(
-                0, tile.ctypes.data, 2 * wide, _TILE, wide // 2, query[i].ctypes.data, weights[i, first:].ctypes.data
-            )
+            tile_product(0, tile.ctypes.data, 2 * wide, _TILE, wide // 2, query[i].ctypes.data, logits.ctypes.data)
+            weigh_tile(samples, lanes, block, pad, i, rows, count, first, here, logits, weights[i], state[i])
     tiles_off()
-    choose_stripes(q_per_kv, samples, block, task, rows, count, weights, keys)
+    choose_stripes(q_per_kv, samples, lanes, block, task, count, weights, keys, state)
 
 
 @fast

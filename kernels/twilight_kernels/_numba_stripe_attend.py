@@ -76,8 +76,9 @@ def attend_strip(kind, q_per_kv, block, task):
             if listed[first + here - 1] > position:
                 hide_later(logits, positions, here, position)
             if softmax_tile(
-                0, logits.ctypes.data, here, scaling, top[i].ctypes.data, total[i].ctypes.data, shrink.ctypes.data
-            ):
+                0, BLOCK, logits.ctypes.data, logits.ctypes.data, here, scaling, top[i].ctypes.data,
+                total[i].ctypes.data, shrink.ctypes.data,
+            ):  # fmt: skip
                 shrink_rows(out[i], value_dim, shrink)
             outer_product(
                 BLOCK, 1, values.ctypes.data, 1, value_dim, value_dim, here, logits.ctypes.data, out[i].ctypes.data

@@ -15,6 +15,7 @@ from ._numba_numbers import (
     f32_at,
     fast,
     float_bits,
+    inlined,
     item_bytes,
     read_row,
     u8_at,
@@ -40,14 +41,19 @@ from ._numba_stripe_lanes import add_rows, keep_columns, normalize_rows
 from ._numba_strips import BLOCK, TILE, outer_product, softmax_tile
 
 _LEVEL = 1 << 21  # as in the definition
+_LEVELS = 1024  # of float32
 
 
 @fast
-def select_strip(kind, q_per_kv, samples, block, task, weights):
-    """Mark the stripes of a task's strip and report on them; ``weights [blocks, keys, 64]`` is scratch."""
+def select_strip(kind, q_per_kv, samples, lanes, block, task, weights):
+    """Mark the stripes of a task's strip and report on them.
+
+    ``lanes`` are those of a block that may have a row; ``weights [blocks, keys, 64]`` is scratch.
+    """
     literally(kind)
     literally(q_per_kv)
     literally(samples)
+    literally(lanes)
     row, kv_head, pad, start, end = strip_of(block, task)
     if start >= end:
         return
@@ -62,17 +68,45 @@ def select_strip(kind, q_per_kv, samples, block, task, weights):
             lane = g * samples + r
             read_row(kind, head + item * rows[r] * block[QUERY + 3], dim, one)
             query[lane // BLOCK, :, lane % BLOCK] = one
-    tile = np.empty((TILE, dim), np.float32)
+    tile, logits = np.empty((TILE, dim), np.float32), np.empty((TILE, BLOCK), np.float32)
+    state = running(weights)
     base = block[KEYS] + item * (row * block[KEYS + 1] + kv_head * block[KEYS + 2] + pad * block[KEYS + 3])
     for first in range(0, keys, TILE):
         here = min(TILE, keys - first)
         for i in range(here):
             read_row(kind, base + item * (first + i) * block[KEYS + 3], dim, tile[i])
         for i in range(len(query)):
-            outer_product(
-                BLOCK, 0, tile.ctypes.data, dim, 1, here, dim, query[i].ctypes.data, weights[i, first:].ctypes.data
-            )
-    choose_stripes(q_per_kv, samples, block, task, rows, count, weights, keys)
+            outer_product(lanes, 0, tile.ctypes.data, dim, 1, here, dim, query[i].ctypes.data, logits.ctypes.data)
+            weigh_tile(samples, lanes, block, pad, i, rows, count, first, here, logits, weights[i], state[i])
+    choose_stripes(q_per_kv, samples, lanes, block, task, count, weights, keys, state)
+
+
+@fast
+def running(weights):
+    """State of a softmax over ``weights [blocks, keys, 64]``, rows of lanes.
+
+    Row 0: the largest logit so far; row 1: the sum of weights; then, of each tile, what the sum shrank by.
+    """
+    state = np.zeros((weights.shape[0], 2 + weights.shape[1] // TILE, BLOCK), np.float32)
+    state[:, 0] = LOWEST
+    return state
+
+
+@fast
+def weigh_tile(samples, lanes, block, pad, index, rows, count, first, here, logits, weights, state):
+    """Turn a tile's logits into weights below the largest so far, nothing behind a row's own position."""
+    literally(samples)
+    literally(lanes)
+    lead = block[TOTAL] - block[ROWS] - pad
+    for key in range(max(first, lead + rows[0] + 1), first + here):
+        for lane in range(BLOCK):
+            r = (index * BLOCK + lane) % samples
+            if r < count and key > lead + rows[r]:
+                logits[key - first, lane] = LOWEST
+    softmax_tile(
+        0, lanes, logits.ctypes.data, weights[first:].ctypes.data, here, np.float32(float_field(block, SCALING)),
+        state[0].ctypes.data, state[1].ctypes.data, state[2 + first // TILE].ctypes.data,
+    )  # fmt: skip
 
 
 @fast
@@ -94,30 +128,26 @@ def sampled_rows(samples, block, start, end, pad, rows):
 
 
 @fast
-def choose_stripes(q_per_kv, samples, block, task, rows, count, weights, keys):
-    """Turn the logits ``[blocks, key, lane]`` of sampled rows into weights, mark the stripes, report."""
+def choose_stripes(q_per_kv, samples, lanes, block, task, count, weights, keys, state):
+    """Finish the weights ``[blocks, key, lane]`` of sampled rows, mark the stripes, report."""
     literally(q_per_kv)
     literally(samples)
+    literally(lanes)
     _, _, pad, start, _ = strip_of(block, task)
-    offset = block[TOTAL] - block[ROWS]
-    slab = slab_start(block, pad, start + offset) - pad
+    slab = slab_start(block, pad, start + block[TOTAL] - block[ROWS]) - pad
     sinks = min(block[SINKS], slab)
     base, column = np.zeros((len(weights), BLOCK), np.float32), np.zeros(keys, np.float32)
-    scaling = np.float32(float_field(block, SCALING))
     for i in range(len(weights)):
-        _softmax(q_per_kv, samples, i, rows, count, offset - pad, scaling, weights[i], keys, column)
-        add_rows(weights[i].ctypes.data, sinks, base[i].ctypes.data)
-        add_rows(weights[i, slab:].ctypes.data, keys - slab, base[i].ctypes.data)
+        _normalize(q_per_kv, samples, lanes, i, count, weights[i], keys, state[i], column)
+        add_rows(lanes, weights[i].ctypes.data, sinks, base[i].ctypes.data)
+        add_rows(lanes, weights[i, slab:].ctypes.data, keys - slab, base[i].ctypes.data)
     mass = column[sinks:slab]
-    largest = np.float32(0)
-    for key in range(slab - sinks):
-        largest = max(largest, mass[key])
-    level, mean, least = _level(q_per_kv, samples, block, count, base, weights, sinks, mass, largest)
-    bar = bits_float(np.uint32(level * _LEVEL))
+    listed, reach = _by_level(mass)
+    level, mean, least = _level(q_per_kv, samples, block, count, base, weights, sinks, mass, listed, reach)
     marks = carray(u8_at(block[MASK] + task * ((block[TOTAL] + 7) // 8)), ((block[TOTAL] + 7) // 8,))
     stripes = 0
-    for key in range(slab - sinks):
-        if mass[key] >= bar and mass[key] > 0:
+    for key in listed[: reach[level]]:
+        if mass[key] > 0:
             place = key + sinks + pad
             marks[place >> 3] |= np.uint8(1 << (place & 7))
             stripes += 1
@@ -127,62 +157,92 @@ def choose_stripes(q_per_kv, samples, block, task, rows, count, weights, keys):
 
 
 @fast
-def _softmax(q_per_kv, samples, index, rows, count, lead, scaling, weights, keys, column):
-    """Turn a block's logits ``[key, lane]`` into weights, nothing behind a row's own position; add up its columns."""
+def _normalize(q_per_kv, samples, lanes, index, count, weights, keys, state, column):
+    """Divide a block's weights by their sums, tile by tile from the last, and add up its columns."""
     literally(q_per_kv)
     literally(samples)
-    top, total, shrink = np.full(BLOCK, LOWEST, np.float32), np.zeros(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    for key in range(lead + rows[0] + 1, keys):
-        for lane in range(BLOCK):
-            r = (index * BLOCK + lane) % samples
-            if r < count and key > lead + rows[r]:
-                weights[key, lane] = LOWEST
-    softmax_tile(0, weights.ctypes.data, keys, scaling, top.ctypes.data, total.ctypes.data, shrink.ctypes.data)
+    literally(lanes)
+    total = state[1]
     for lane in range(BLOCK):
         is_row = (index * BLOCK + lane) % samples < count and index * BLOCK + lane < q_per_kv * samples
         total[lane] = np.float32(1) / total[lane] if is_row else np.float32(0)
-    normalize_rows(weights.ctypes.data, keys, total.ctypes.data, column.ctypes.data)
+    for tile in range((keys - 1) // TILE, -1, -1):
+        first = tile * TILE
+        normalize_rows(
+            lanes, weights[first:].ctypes.data, min(TILE, keys - first), total.ctypes.data, column[first:].ctypes.data
+        )
+        for lane in range(BLOCK):
+            total[lane] *= state[2 + tile, lane]
 
 
 @fast
-def _level(q_per_kv, samples, block, count, base, weights, sinks, mass, largest):
-    """Find the highest bar at which rows keep enough; return it with the mean and 5 % quantile kept."""
+def _by_level(mass):
+    """List the columns by the level of their mass, highest first; ``reach[level]`` of them have it or a higher one."""
+    reach = np.zeros(_LEVELS + 1, np.int32)
+    for key in range(len(mass)):
+        reach[_level_of(mass[key])] += 1
+    for level in range(_LEVELS - 1, -1, -1):
+        reach[level] += reach[level + 1]
+    place, listed = reach[1:].copy(), np.empty(len(mass), np.int32)
+    for key in range(len(mass)):
+        level = _level_of(mass[key])
+        listed[place[level]] = key
+        place[level] += 1
+    return listed, reach
+
+
+@inlined
+def _level_of(mass):
+    return (np.int64(float_bits(mass)) // _LEVEL) & (_LEVELS - 1)
+
+
+@fast
+def _level(q_per_kv, samples, block, count, base, weights, sinks, mass, listed, reach):
+    """Find the highest bar at which rows keep enough; return its level with the mean and 5 % quantile kept.
+
+    The search starts where the rows would keep enough if each were judged by its own columns too, which is near,
+    and each look costs the columns above the bar only.
+    """
     alpha, floor = float_field(block, ALPHA), float_field(block, FLOOR)
-    high = np.int64(float_bits(largest)) // _LEVEL + 1
-    low, kept = np.int64(0), np.empty(base.shape, np.float32)
-    _keep(q_per_kv, samples, count, base, weights, sinks, mass, high, kept)
-    mean, least = _judge(q_per_kv, samples, count, kept)
-    if alpha < 1.0 and mean >= alpha and least >= floor:
-        return high, mean, least
+    high = np.int64(0)
+    while reach[high] > 0:
+        high += 1
+    if alpha >= 1.0:
+        mean, least = _keep(q_per_kv, samples, count, base, weights, sinks, mass, listed, reach, 0)
+        return np.int64(0), mean, least
+    wanted, level, at = np.float32(alpha * q_per_kv * count) - base.sum(), high, 0
+    while level > 0 and wanted > 0:
+        level -= 1
+        while at < reach[level]:
+            wanted -= mass[listed[at]]
+            at += 1
+    low, step, best, least_best = np.int64(-1), np.int64(1), np.float32(0), np.float32(0)
+    high += 1  # from here on: low is enough or unknown (-1), high is not enough
     while high - low > 1:
-        middle = (low + high) // 2
-        _keep(q_per_kv, samples, count, base, weights, sinks, mass, middle, kept)
-        mean, least = _judge(q_per_kv, samples, count, kept)
-        if alpha < 1.0 and mean >= alpha and least >= floor:
-            low = middle
+        mean, least = _keep(q_per_kv, samples, count, base, weights, sinks, mass, listed, reach, level)
+        if level == 0 or (mean >= alpha and least >= floor):
+            low, best, least_best = level, mean, least
         else:
-            high = middle
-    _keep(q_per_kv, samples, count, base, weights, sinks, mass, low, kept)
-    mean, least = _judge(q_per_kv, samples, count, kept)
-    return low, mean, least
+            high = level
+        if low < 0:
+            level, step = max(np.int64(0), high - step), 2 * step
+        else:
+            level = min((low + high) // 2, low + step)
+            step = 2 * step
+    return low, best, least_best
 
 
 @fast
-def _keep(q_per_kv, samples, count, base, weights, sinks, mass, level, kept):
-    """Write what each lane keeps of the columns whose mass without the lane's own row reaches a level's bar."""
+def _keep(q_per_kv, samples, count, base, weights, sinks, mass, listed, reach, level):
+    """Mean and 5 % quantile of what lanes keep of the columns whose mass without their own row reaches a level."""
     literally(q_per_kv)
     literally(samples)
     bar = bits_float(np.uint32(level * _LEVEL)) if level > 0 else np.float32(-1)
-    kept[:] = base
+    kept = base.copy()
     keep_columns(
-        q_per_kv, samples, weights[0, sinks:].ctypes.data, 4 * weights[0].size, mass.ctypes.data, len(mass),
-        np.float32(1) if count > 1 else np.float32(0), bar, kept.ctypes.data,
+        q_per_kv, samples, weights[0, sinks:].ctypes.data, 4 * weights[0].size, mass.ctypes.data, listed.ctypes.data,
+        reach[level], np.float32(1) if count > 1 else np.float32(0), bar, kept.ctypes.data,
     )  # fmt: skip
-
-
-@fast
-def _judge(q_per_kv, samples, count, kept):
-    """Mean and 5 % quantile over the lanes that have a row."""
     ordered = np.empty(q_per_kv * count, np.float32)
     for g in range(q_per_kv):
         first = g * samples % BLOCK

@@ -106,21 +106,21 @@ def hide_later(logits, positions, count, first_row):
 
 
 @intrinsic
-def softmax_tile(typingctx, is_paired, logits, count, scaling, top, total, shrink):
-    """Turn unscaled logits ``[count, 64]`` in place into weights below a running largest one.
+def softmax_tile(typingctx, is_paired, lanes, logits, out, count, scaling, top, total, shrink):
+    """Turn unscaled logits ``[count, 64]`` into weights ``out`` (which they may be) below a running largest one.
 
-    Literal: ``is_paired``; if 1, ``count`` is even, and row ``i`` becomes the weights of keys ``2 i`` and ``2 i + 1``,
-    bfloat16 side by side.
+    Literals: ``is_paired``; if 1, ``count`` is even, and row ``i`` becomes the weights of keys ``2 i`` and ``2 i + 1``,
+    bfloat16 side by side; ``lanes`` (a multiple of 16), the first of the 64 that are touched.
     Addresses of float32 ``[64]``: ``top`` and ``total``, the running largest logit and sum of weights, are updated;
     ``shrink`` is what the sum shrank by. Returns whether anything shrank.
     """
-    (paired,) = literals(is_paired)
-    signature = types.boolean(is_paired, *(types.int64,) * 2, types.float32, *(types.int64,) * 3)
+    paired, lanes_ = literals(is_paired, lanes)
+    signature = types.boolean(is_paired, lanes, *(types.int64,) * 3, types.float32, *(types.int64,) * 3)
 
     def codegen(context, builder, _signature, args):
-        logits, count, scaling, top, total, shrink = args[1:]
+        logits, out, count, scaling, top, total, shrink = args[2:]
         vector = ir.VectorType(F32, LANES)
-        lanes = [int64(4 * LANES * v) for v in range(BLOCK // LANES)]
+        lanes = [int64(4 * LANES * v) for v in range(lanes_ // LANES)]
         old = [load(builder, builder.add(top, at), vector, 4) for at in lanes]
         loop = Loop(builder, count, old)
         row = element(builder, logits, loop.index, 4 * BLOCK)
@@ -138,7 +138,7 @@ def softmax_tile(typingctx, is_paired, logits, count, scaling, top, total, shrin
         deep, tops = 2 if paired else 1, loop.values
         loop = Loop(builder, builder.lshr(count, int64(1)) if paired else count, sums)
         source = element(builder, logits, loop.index, 4 * BLOCK * deep)
-        target, sums = element(builder, logits, loop.index, 4 * BLOCK), []
+        target, sums = element(builder, out, loop.index, 4 * BLOCK), []
         for at, largest, summed in zip(lanes, tops, loop.values):
             found = []
             for n in range(deep):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layout import StripePlan
+from .stripe_plan import StripePlan
 
 _LEVEL = 1 << 21  # a step of a float32's two leading mantissa bits: a quarter of an octave
 

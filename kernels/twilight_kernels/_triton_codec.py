@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._reference import not_finite
+from ._reference_codec import not_finite
 from ._triton_tiles import power_of_two, unpack_codes
 from .layout import KeyPages, ValuePages
 

@@ -17,7 +17,7 @@ from ._triton_aot import AotCase
 from ._triton_stripe_attend import attend_kernel, list_kernel
 from ._triton_stripe_mass import column_kernel, lse_kernel
 from ._triton_stripe_select import choose_kernel
-from .layout import StripePlan
+from .stripe_plan import StripePlan
 
 _SCRATCH_BYTES = 512 << 20
 _MASS_SPAN = 1024  # keys of a program of column_kernel

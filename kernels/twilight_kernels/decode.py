@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ._backend import kernels
-from .layout import RAW_BITS, KeyPages, PlainTokens, ValuePages
+from .layout import KeyPages, PlainTokens, ValuePages
+from .page_codec import RAW_BITS
 from .score import check_tables
 
 
@@ -56,6 +57,10 @@ def decode_attention(
         stats: ``[B, H, 5]`` float64, added to: packed tokens scored, whole pages; packed tokens the head itself
             needs; packed tokens attended, the union over the query heads of its KV head; share of the
             candidates' and plain tokens' mass attended; packed tokens that are candidates.
+        plain_table: ``[B, C]`` int32; given, ``plain`` is no row each but pages of ``page_size`` columns, and row b's
+            plain tokens are the first ``num_sinks`` of its first ``ceil(num_sinks / page_size)`` pages, then those of
+            the next pages.
+        num_sinks: plain tokens in those first pages.
     Returns:
         ``[B, H, Dv]`` in the query's dtype.
     Raises:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._backend import kernels
-from .layout import StripePlan
+from .stripe_plan import StripePlan
 
 
 def select_stripes(

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._reference import not_finite, pack, unpack
-from .layout import PAGE_SIZES
+from ._reference_codec import not_finite, pack, unpack
+from .page_codec import PAGE_SIZES
 
 LEVELS = (3, 4, 16)
 DIGITS = 5  # base-3 digits of a byte: 3 ** 5 = 243
@@ -58,6 +58,10 @@ class SkvqCodec:
         ascends = self.group.shape == self.order.shape and bool((self.group.diff(dim=-1) >= 0).all())
         if not ascends or self.unit.shape != self.order.shape[:1]:
             raise ValueError("group must be [K, D], ascending, and unit [K]; take them from calibration")
+
+    @property
+    def is_raw(self) -> bool:
+        return False
 
     @property
     def kv_heads(self) -> int:

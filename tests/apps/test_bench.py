@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from twilight_apps import concentration, synthetic, timing
+from twilight_apps import bench_prefill, concentration, synthetic, timing
 from twilight_cache import LayerStore
 
 DECODE = ["bench", "decode", "--shape", "4,2,16", "--context", 1300, "--rounds", 2, "--json"]
@@ -92,6 +93,41 @@ def test_bench_generate_extends_rope_beyond_the_trained_context(cli: Callable[..
     assert result.exit_code == 0, result.stderr
     assert result.json["results"][0]["rope_extended_with_yarn"] is True
     assert "YaRN" in result.stdout
+
+
+PREFILL = ["bench", "prefill", "--dtype", "float32", "--layer", 1, "--rounds", 1, "--set", "min_prefill_len=512"]
+
+
+def test_bench_prefill_reports_what_a_card_cites(cli: Callable[..., Any], tiny_model: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    contexts = ["--context", 400, "--context", 900]
+    done = cli(*PREFILL, "--model", tiny_model, *contexts, "--set", "dense_layers=[]", "--out", tmp_path, "--json")
+    assert done.exit_code == 0, done.stderr
+    short, long = done.json["results"]
+    assert (short["sparse_layers"], short["density"]) == (0, 1.0)
+    assert long["sparse_layers"] == 2
+    assert 0.0 < long["density"] < 1.0
+    assert set(long["ttft_ms"]) == set(long["peak_bytes"]) == {"stock", "twilight"}
+    (layer,) = long["layers"]
+    assert layer["layer"] == 1
+    assert layer["error"] < 0.5
+    assert {path.name for path in tmp_path.iterdir()} == {f"bench-prefill.{end}" for end in ("json", "csv", "png")}
+
+
+def test_bench_prefill_refuses_to_time_a_wrong_kernel(
+    cli: Callable[..., Any], tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend = bench_prefill.attend_stripes
+    monkeypatch.setattr(bench_prefill, "attend_stripes", lambda *args, **settings: attend(*args, **settings) * 1.01)
+    done = cli(*PREFILL, "--model", tiny_model, "--context", 600)
+    assert done.exit_code != 0
+    assert "must agree with its definition to be timed" in done.stderr
+
+
+def test_bench_prefill_has_nothing_to_draw_of_layers(cli: Callable[..., Any], tiny_model: str, tmp_path: Path) -> None:
+    done = cli("bench", "prefill", "--model", tiny_model, "--rounds", 0, "--out", tmp_path)
+    assert done.exit_code != 0
+    assert "rounds must be at least 1" in done.stderr
 
 
 def test_interleave_runs_everyone_once_a_round_in_turning_order() -> None:

@@ -39,6 +39,16 @@ def test_bench_serve_unshared_shares_nothing(cli: Callable[..., Any], tiny_model
     shared, unshared = result.json["results"][0]["entrants"]
     assert shared["prefill_rows"] == 40 + 6 * 32
     assert unshared["prefill_rows"] == 6 * 72
+    assert (shared["shared_of_possible"], unshared["shared_of_possible"]) == (1.0, 0.0)
+
+
+def test_bench_serve_begins_no_round_that_does_not_fit(cli: Callable[..., Any], tiny_model: str) -> None:
+    names = ["--entrant", "twilight", "--rounds", 1000, "--total-s", 3]
+    result = cli("bench", "serve", "--model", tiny_model, *SMALL, *names, "--json")
+    assert result.exit_code == 0, result.stderr
+    (ours,) = result.json["results"][0]["entrants"]
+    assert 1 <= ours["runs"] < 1000
+    assert "of 1000 rounds: --total-s is near" in result.stderr
 
 
 def test_bench_serve_leaves_out_what_is_too_slow(cli: Callable[..., Any], tiny_model: str) -> None:
@@ -52,7 +62,9 @@ def test_bench_serve_leaves_out_what_is_too_slow(cli: Callable[..., Any], tiny_m
     [
         (["--workload", "w9"], "workload must be one of w1, w2, w3, w10"),
         (["--entrant", "vllm"], "entrant must be one of"),
-        (["--rounds", "0"], "rounds must be at least 1"),
+        (["--rounds", "0"], "rounds must be above 0"),
+        (["--total-s", "0"], "total_s must be above 0"),
+        (["--memory-share", "2"], r"memory_share must be in (0, 1], got 2"),
         (["--requests", "0"], "requests must be above 0"),
         (["--workload", "w10", "--context", "5000"], "tokens of context"),
     ],

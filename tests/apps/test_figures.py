@@ -15,7 +15,7 @@ from twilight_apps.figures import with_figures
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/evaluation.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/evaluation.md", "docs/serving.md"])
 def test_documents_hold_the_figures_of_the_results(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     assert with_figures(text, ROOT / "docs" / "results") == text, (
@@ -51,3 +51,17 @@ def test_evaluation_tables_come_from_the_json(tmp_path: Path, cli: Callable[...,
     assert f"| compact | {record['smaller']:.2f}x | {record['kl']:.4f} ± {record['kl_error']:.4f} |" in text
     assert "| exact keys | 0.95 |" in text
     assert "Needle, " in text
+
+
+def test_serving_tables_come_from_the_json(tmp_path: Path, cli: Callable[..., Any], tiny_model: str) -> None:
+    sizes = ["--requests", 2, "--shared", 20, "--answer", 2, "--workload", "w3", "--workload", "w1", "--limit-s", 20]
+    names = ["--entrant", "twilight", "--entrant", "generate"]
+    result = cli("bench", "serve", "--model", tiny_model, *sizes, *names, "--json")
+    assert result.exit_code == 0, result.stderr
+    (tmp_path / "bench-serve-x.json").write_text(result.stdout.splitlines()[-1])
+    text = figures.with_figures(f"a\n{figures.SERVING_START}old{figures.SERVING_END}\nb", tmp_path)
+    assert "old" not in text
+    assert text.index("**W1: 2 requests at once") < text.index("**W3: 4 chats")  # in the order of their names
+    w1 = next(run for run in result.json["results"] if run["workload"] == "w1")
+    assert f"| twilight | {w1['entrants'][0]['prefill_rows']:,} | " in text
+    assert "one run each" in text

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from hf_twilight.cache import TwilightLayer
+from hf_twilight.layer import TwilightLayer
 from twilight_apps.parity_modes import MODES
 
 

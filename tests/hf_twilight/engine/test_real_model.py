@@ -66,3 +66,22 @@ def test_answers_are_those_of_generate(preset: str, model: Any, tokenizer: Any, 
         ids, attention_mask=torch.ones_like(ids), past_key_values=cache, do_sample=False, max_new_tokens=20, **chunk
     )
     assert out[0, ids.shape[1] :].tolist() == found.token_ids
+
+
+@pytest.mark.parametrize("preset", ["exact", "balanced"])
+def test_bfloat16_answers_differ_only_where_logits_tie(preset: str, tokenizer: Any, prompts: list[list[int]]) -> None:
+    """Products of more than 32 rows are rounded otherwise, by a last bit in one number of 100,000, and so may be
+    chosen otherwise: two tokens whose logits are a few steps of bfloat16 apart.
+    """
+    model = hf_twilight.load_model(dtype=torch.bfloat16)
+    params = SamplingParams(max_tokens=20, logprobs=5)
+    with Engine(model, tokenizer, settings=preset, prefill_tokens=50) as engine:
+        together = engine.generate(prompts, params, progress=False)
+    for prompt, answer in zip(prompts, together, strict=True):
+        with Engine(model, tokenizer, settings=preset, max_running=1) as engine:
+            lonely = engine.generate([prompt], params, progress=False)[0]
+        pairs = zip(answer.token_ids, lonely.token_ids, strict=False)
+        at = next((i for i, (one, other) in enumerate(pairs) if one != other), None)
+        if at is not None:
+            likely = dict(lonely.top_logprobs[at])
+            assert likely[lonely.token_ids[at]] - likely[answer.token_ids[at]] < 0.5
