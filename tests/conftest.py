@@ -13,6 +13,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+# Triton decides when a kernel is defined whether it compiles or interprets it; without a GPU it can only interpret.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 PACKAGES = ("twilight_kernels", "twilight_cache", "hf_twilight", "twilight_apps")
 LIBRARIES = ("torch", "transformers", "huggingface_hub", "numba", "numpy", "triton")
 

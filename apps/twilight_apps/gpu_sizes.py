@@ -48,7 +48,7 @@ FULL = Sizes(
 )
 TOY = Sizes(
     shape=(4, 2, 16),
-    contexts=(1300,),
+    contexts=(1160,),
     batches=(1, 2),
     prompts=(300,),
     flex_at=(),

@@ -53,10 +53,12 @@ def interleave(entrants: Mapping[str, Entrant], device: torch.device, budget_s: 
     """
     flush = torch.empty(_FLUSH_BYTES if device.type == "cuda" else 1, dtype=torch.uint8, device=device)
     names, times = list(entrants), dict[str, list[float]]()
-    first = {name: _run_ms(entrants[name].run, flush) for name in names}  # not kept: it pages code in
-    first = {name: _run_ms(entrants[name].run, flush) for name in names}
-    rounds = int(budget_s * 1e3 / max(1e-3, sum(first.values())))
-    rounds = max(_LEAST_ROUNDS, min(_MOST_ROUNDS, rounds))
+    rounds = 1  # without a GPU times are not kept, and its kernels may be interpreted, which is slow
+    if device.type == "cuda":
+        first = {name: _run_ms(entrants[name].run, flush) for name in names}  # not kept: it pages code in
+        first = {name: _run_ms(entrants[name].run, flush) for name in names}
+        rounds = int(budget_s * 1e3 / max(1e-3, sum(first.values())))
+        rounds = max(_LEAST_ROUNDS, min(_MOST_ROUNDS, rounds))
     for index in range(rounds):
         start = index % len(names)
         for name in names[start:] + names[:start]:

@@ -269,9 +269,8 @@ def _keep(q_per_kv, samples, count, base, weights, sinks, mass, listed, reach, l
         q_per_kv, samples, weights[0, sinks:].ctypes.data, 4 * weights[0].size, mass.ctypes.data, listed.ctypes.data,
         reach[level], np.float32(1) if count > 1 else np.float32(0), bar, kept.ctypes.data,
     )  # fmt: skip
-    ordered = np.empty(q_per_kv * count, np.float32)
+    ordered, lanes = np.empty(q_per_kv * count, np.float32), kept.reshape(kept.size)
     for g in range(q_per_kv):
-        first = g * samples % BLOCK
-        ordered[g * count : (g + 1) * count] = kept[g * samples // BLOCK, first : first + count]
+        ordered[g * count : (g + 1) * count] = lanes[g * samples : g * samples + count]
     ordered.sort()
     return ordered

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,11 +22,39 @@ from twilight_kernels import (
     store_value_pages,
 )
 
+INTERPRETER = "interpreter"
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run each test of a ``device`` on every one, and those marked ``interpreted`` on Triton's interpreter, too."""
+    if "device" in metafunc.fixturenames:
+        interpreted = [INTERPRETER] if metafunc.definition.get_closest_marker("interpreted") else []
+        metafunc.parametrize("device", [*DEVICES, *interpreted], indirect=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Interpret, of a marked test, only the cases that its mark names by a part of their id: it is slow."""
+    items[:] = [item for item in items if not _is_left_out(item)]
+
+
+def _is_left_out(item: pytest.Item) -> bool:
+    marker = item.get_closest_marker("interpreted")
+    if marker is None or getattr(item, "callspec", None) is None or INTERPRETER not in item.callspec.id:  # type: ignore[attr-defined]
+        return False
+    named = item.callspec.id.replace(f"-{INTERPRETER}", "").replace(f"{INTERPRETER}-", "")  # type: ignore[attr-defined]
+    return bool(marker.args) and named not in marker.args and named != INTERPRETER
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each device whose kernels can run here; the public functions pick the backend by it."""
-    return str(request.param)
+    if request.param != INTERPRETER:
+        return str(request.param)
+    if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton is not there, or compiles for the GPU of this machine")
+    monkeypatch.setenv("HF_TWILIGHT_BACKEND", "triton")
+    return "cpu"
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +82,12 @@ def make_scene(device: str) -> Callable[..., Scene]:
         return random_scene(device=device, **shape)
 
     return make
+
+
+@pytest.fixture
+def make_scene_on() -> Callable[..., Scene]:
+    """Return ``random_scene`` for tests that name the device themselves."""
+    return lambda device, **shape: random_scene(device=device, **shape)
 
 
 @dataclasses.dataclass

@@ -53,17 +53,17 @@ def test_the_reference_can_be_asked_for(monkeypatch: pytest.MonkeyPatch, caplog:
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "said"),
+    ("asked", "kind", "said"),
     [
         ("cuda", "cpu", "HF_TWILIGHT_BACKEND must be one of reference, numba, triton or unset, got 'cuda'"),
         ("numba", "cuda", "HF_TWILIGHT_BACKEND=numba runs on CPUs only, got tensors on cuda; unset it"),
         ("triton", "meta", "HF_TWILIGHT_BACKEND=triton runs on cuda, .* got tensors on meta; unset it"),
     ],
 )
-def test_what_cannot_run_is_refused(asked: str, device: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_run_is_refused(asked: str, kind: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(OVERRIDE, asked)
     with pytest.raises(ValueError, match=said):
-        backend_name(device)
+        backend_name(kind)
 
 
 def test_triton_on_cpus_needs_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,14 @@ def _assert_same(found: Any, expected: Any) -> None:
         assert torch.equal(found.tensors()[name], tensor), name
 
 
+@pytest.mark.interpreted(
+    "80-16-32-0.9-2-dtype2",
+    "80-16-32-0.9-3-dtype0",
+    "80-16-32-0.9-4-dtype0",
+    "80-16-32-0.9-8-dtype2",
+    "80-16-32-0.9-16-dtype2",
+    "64-64-64-1.0-3-dtype2",
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("dim", "page_size", "group_size", "clip"), SHAPES)
@@ -76,6 +84,7 @@ def test_pages_are_bit_equal_to_the_reference(
         assert torch.equal(load_value_pages(values[0], slots, out), expected)
 
 
+@pytest.mark.interpreted
 def test_any_strides_give_the_same_pages(device: str) -> None:
     numbers = _numbers(64, 64, torch.float32, device)
     slots = torch.arange(3, dtype=torch.int32, device=device)
@@ -92,6 +101,7 @@ def test_any_strides_give_the_same_pages(device: str) -> None:
         _assert_same(found, expected)
 
 
+@pytest.mark.interpreted
 def test_no_pages_are_no_work(device: str) -> None:
     pages = _key_pages(64, KeyCodec(4), torch.float32, device)
     nothing = torch.empty(0, dtype=torch.int32, device=device)
@@ -99,6 +109,11 @@ def test_no_pages_are_no_work(device: str) -> None:
     assert load_key_pages(pages, nothing, torch.float32).shape == (0, 2, 64, 64)
 
 
+@pytest.mark.interpreted(
+    "nan-dtype0-3",
+    "inf-dtype2-8",
+    "nan-dtype0-16",
+)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("culprit", [torch.nan, torch.inf, -torch.inf])
@@ -118,6 +133,7 @@ def test_numbers_that_are_not_finite_are_refused_and_nothing_is_written(
     _assert_same(values, blank_values)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("numbers", [torch.full((1, 2, 64, 64), 1e5), torch.randn(1, 2, 64, 64) * 1e30])
 def test_numbers_beyond_float16_scales_are_refused(numbers: Tensor, device: str) -> None:
     slot = torch.zeros(1, dtype=torch.int32, device=device)

@@ -83,6 +83,13 @@ def _decided(scene: Any, p: float, **options: Any) -> Tensor:
     return decided
 
 
+@pytest.mark.interpreted(
+    "(4, 4, 64, 3, 64, 64, 32, torch.float32)-0.9",
+    "(3, 2, 16, 1, 256, 256, 64, torch.float16)-0.5",
+    "(2, 4, 32, 4, 96, 128, 128, torch.float16)-0.95",
+    "(2, 4, 32, 4, 96, 128, 128, torch.float16)-1.0",
+    "(16, 3, 128, 1, 64, 80, 48, torch.float32)-0.9",
+)
 @pytest.mark.parametrize("p", PS)
 def test_is_the_attention_of_the_reference(case: dict[str, Any], p: float, make_scene: Callable[..., Any]) -> None:
     scene = make_scene(pages=_pages(case["page_size"]), plain=PLAIN, **case)
@@ -97,6 +104,10 @@ def test_is_the_attention_of_the_reference(case: dict[str, Any], p: float, make_
     _assert_close(scene, found, exact, eager, rows)
 
 
+@pytest.mark.interpreted(
+    "(2, 4, 32, 4, 96, 128, 128, torch.float16)-1.0",
+    "(16, 3, 128, 1, 64, 80, 48, torch.float32)-0.9",
+)
 @pytest.mark.parametrize("p", [0.9, 1.0])
 def test_candidates_alone_are_scored(case: dict[str, Any], p: float, make_scene: Callable[..., Any]) -> None:
     scene = make_scene(pages=_pages(case["page_size"]), plain=PLAIN, **case)
@@ -115,6 +126,10 @@ def test_candidates_alone_are_scored(case: dict[str, Any], p: float, make_scene:
     _assert_close(scene, found, exact, eager, rows)
 
 
+@pytest.mark.interpreted(
+    "(4, 4, 64, 3, 64, 64, 32, torch.float32)-1.0",
+    "(2, 4, 32, 4, 96, 128, 128, torch.float16)-0.9",
+)
 @pytest.mark.parametrize("p", [0.9, 1.0])
 def test_candidate_tokens_alone_are_attended(case: dict[str, Any], p: float, make_scene: Callable[..., Any]) -> None:
     scene = make_scene(pages=_pages(case["page_size"]), plain=PLAIN, **case)
@@ -167,6 +182,9 @@ def test_every_head_keeps_its_mass_and_no_more_than_it_needs(
         before = own, union
 
 
+@pytest.mark.interpreted(
+    "(16, 3, 128, 1, 64, 80, 48, torch.float32)",
+)
 def test_rows_of_a_batch_do_not_see_each_other(case: dict[str, Any], make_scene: Callable[..., Any]) -> None:
     scene = make_scene(pages=_pages(case["page_size"]), plain=PLAIN, **case)
     for p in (0.9, 1.0):
@@ -195,6 +213,7 @@ def test_does_not_depend_on_the_number_of_threads(case: dict[str, Any], make_sce
 # What follows varies nothing that a kernel is compiled for: one case is enough.
 
 
+@pytest.mark.interpreted
 def test_step_appends_its_token_and_nothing_else(make_scene: Callable[..., Any]) -> None:
     scene = make_scene(pages=_pages(), plain=PLAIN)
     arguments, step = scene.inputs()
@@ -217,6 +236,7 @@ def test_without_a_new_token_the_plain_tokens_stay(make_scene: Callable[..., Any
     assert torch.equal(again, appended)
 
 
+@pytest.mark.interpreted
 def test_rows_below_min_sparse_len_are_dense(make_scene: Callable[..., Any]) -> None:
     scene = make_scene(pages=_pages(), plain=PLAIN)
     candidates = torch.zeros(5, 2, 1, dtype=torch.int32, device=scene.query.device)
@@ -273,6 +293,7 @@ def test_order_of_pages_does_not_matter(make_scene: Callable[..., Any]) -> None:
         assert torch.allclose(moved_out, out, atol=1e-5, rtol=0)
 
 
+@pytest.mark.interpreted
 def test_far_logits_neither_overflow_nor_vanish(make_scene: Callable[..., Any]) -> None:
     """Weights far below what float32 can hold beside 1 count as nothing, wherever the largest is."""
     scene = make_scene(pages=(3, 3), plain=(65, 20), sharpness=3000.0)
@@ -282,6 +303,7 @@ def test_far_logits_neither_overflow_nor_vanish(make_scene: Callable[..., Any]) 
         _assert_close(scene, found, exact, exact)
 
 
+@pytest.mark.interpreted
 def test_equal_tokens_are_kept_together(make_scene: Callable[..., Any]) -> None:
     scene = make_scene(pages=(2,), plain=(1,))
     for tensor in scene.key_pages.tensors().values():
@@ -292,6 +314,7 @@ def test_equal_tokens_are_kept_together(make_scene: Callable[..., Any]) -> None:
     assert bool((stats[..., 1:3] == 128).all())
 
 
+@pytest.mark.interpreted
 def test_stats_are_added_to(make_scene: Callable[..., Any]) -> None:
     scene = make_scene()
     _, once = _decode(decode_attention, scene, p=0.9)
@@ -378,6 +401,10 @@ def _in_pages(scene: Any, num_sinks: int) -> tuple[PlainTokens, Tensor]:
     return PlainTokens(keys, values), slots.to(torch.int32)
 
 
+@pytest.mark.interpreted(
+    "16-0.9-70",
+    "3-1.0-4",
+)
 @pytest.mark.parametrize("num_sinks", [0, 4, 70])
 @pytest.mark.parametrize("p", [0.9, 1.0])
 @pytest.mark.parametrize("bits", [3, 16])

@@ -27,6 +27,7 @@ def _arguments(scene: Any) -> tuple[Any, ...]:
     return scene.query, scene.key_pages, scene.block_table, scene.num_pages, scene.scaling
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_key_logits_are_those_of_float64_but_for_rounding(case: dict[str, Any], make_scene: Callable[..., Any]) -> None:
     scene = make_scene(pages=(3, 0, 1), plain=(1, 1, 1), **case)
@@ -43,6 +44,7 @@ def test_key_logits_are_those_of_float64_but_for_rounding(case: dict[str, Any], 
     assert bool((error <= eager_error + scene.logit_rounding()).all())
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_page_scores_bound_the_logits(case: dict[str, Any], make_scene: Callable[..., Any]) -> None:
     scene = make_scene(pages=(3, 0, 1), plain=(1, 1, 1), **case)
@@ -55,6 +57,7 @@ def test_page_scores_bound_the_logits(case: dict[str, Any], make_scene: Callable
     assert bool((scores + rounding >= logits.amax(-1)).all())
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_page_masses_are_those_of_float64_but_for_rounding(
     case: dict[str, Any], make_scene: Callable[..., Any]
@@ -116,6 +119,7 @@ def test_channel_logits_refuse_channels_that_do_not_exist(count: int, make_scene
         channel_logits(*_channel_arguments(make_scene(), count))
 
 
+@pytest.mark.interpreted
 def test_a_row_scores_as_it_does_alone(make_scene: Callable[..., Any]) -> None:
     scene = make_scene(pages=(3, 1, 2), plain=(1, 1, 1))
     together, logits = page_scores(*_arguments(scene)), key_logits(*_arguments(scene))

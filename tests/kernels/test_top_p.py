@@ -53,6 +53,12 @@ def _kept(logits: Tensor, limit: Tensor) -> Tensor:
     return (logits >= limit[:, None]) & (logits > -math.inf)
 
 
+@pytest.mark.interpreted(
+    "mild-0.9",
+    "extreme-0.95",
+    "ties-0.5",
+    "ragged-0.999",
+)
 @pytest.mark.parametrize("p", PS)
 @pytest.mark.parametrize("name", ROWS)
 def test_kept_mass_is_enough_and_no_token_is_spare(name: str, p: float, device: str) -> None:
@@ -66,6 +72,9 @@ def test_kept_mass_is_enough_and_no_token_is_spare(name: str, p: float, device: 
     assert bool((_mass(logits, fewer) < p + TOLERANCE).all())
 
 
+@pytest.mark.interpreted(
+    "outlier-0.95",
+)
 @pytest.mark.parametrize("p", PS)
 @pytest.mark.parametrize("name", ROWS)
 def test_keeps_what_the_reference_keeps(name: str, p: float, device: str) -> None:
@@ -90,6 +99,7 @@ def test_is_monotone_in_p(device: str) -> None:
             assert bool((loose <= tight).all())
 
 
+@pytest.mark.interpreted
 def test_p_of_one_keeps_everything(device: str) -> None:
     for logits in ROWS.values():
         assert bool((top_p_threshold(logits.to(device), 1.0) == -math.inf).all())
@@ -129,6 +139,9 @@ def test_forced_tokens_count_as_kept_mass(p: float, device: str) -> None:
     assert torch.equal(_kept(logits, top_p_threshold(logits.to(device), p, forced_lse=nothing).cpu()), alone)
 
 
+@pytest.mark.interpreted(
+    "7",
+)
 @pytest.mark.parametrize("min_keep", [1, 7, 64, 699, 10_000])
 def test_min_keep_is_kept_as_far_as_tokens_exist(min_keep: int, device: str) -> None:
     for logits in ROWS.values():
@@ -143,6 +156,7 @@ def test_min_keep_is_kept_as_far_as_tokens_exist(min_keep: int, device: str) -> 
         assert bool((limit >= last - spread * 2.0**-20).all())
 
 
+@pytest.mark.interpreted
 def test_rows_of_nothing_keep_everything_there_is(device: str) -> None:
     limit = top_p_threshold(torch.full((3, 70), -math.inf, device=device), 0.5)
     assert limit.tolist() == [-math.inf] * 3
@@ -176,6 +190,9 @@ def test_refuses(arguments: dict[str, object], said: str) -> None:
         top_p_threshold(**{"logits": torch.zeros(2, 5), **arguments})  # type: ignore[arg-type]
 
 
+@pytest.mark.interpreted(
+    "one-0.95",
+)
 @pytest.mark.parametrize("p", [*PS, 1.0])
 @pytest.mark.parametrize("name", ROWS)
 def test_flags_are_the_union_over_the_query_heads(name: str, p: float, device: str) -> None:
@@ -195,6 +212,7 @@ def test_flags_are_the_union_over_the_query_heads(name: str, p: float, device: s
         assert bool((share >= p - TOLERANCE).all())
 
 
+@pytest.mark.interpreted
 def test_flags_of_nothing_are_not_set(device: str) -> None:
     logits = torch.full((2, 1, 3, 20), -torch.inf, device=device)
     flags, share = top_p_flags(logits, 0.9, forced_lse=torch.zeros(2, 1, 3, device=device))

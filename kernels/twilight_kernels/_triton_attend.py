@@ -1,0 +1,209 @@
+"""Attending on GPUs: plain tokens, dense rows, and kept tokens of pruned rows; each leaves parts of a softmax.
+
+A part is ``[BK, SLOTS, G, DV]`` sums of weighted values with their largest logit and mass ``[BK, SLOTS, G]``: slots
+``0 .. PLAIN`` are runs of plain tokens, the others are splits of the packed ones. ``_triton_merge`` adds them up.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._triton_tiles import (
+    add_weighed,
+    fold_page,
+    load_query,
+    load_values,
+    page_logits,
+    product,
+    segment,
+    soften,
+)
+
+RUN = 256  # plain tokens of one slot
+
+
+@triton.jit
+def store_part(parts, tops, sums, slot, top, total, acc, M: tl.constexpr, PER_KV: tl.constexpr, DV: tl.constexpr,
+               VP: tl.constexpr):  # fmt: skip
+    g = tl.arange(0, M)
+    d = tl.arange(0, VP)
+    head = slot * PER_KV + g
+    tl.store(tops + head, top, mask=g < PER_KV)
+    tl.store(sums + head, total, mask=g < PER_KV)
+    tl.store(parts + head[:, None] * DV + d[None, :], acc, mask=(g < PER_KV)[:, None] & (d < DV)[None, :])
+
+
+@triton.jit
+def is_pruned(num_pages, row, min_sparse_len, PAGE: tl.constexpr):
+    return tl.load(num_pages + row) * PAGE >= min_sparse_len
+
+
+@triton.jit(do_not_specialize=["min_sparse_len", "columns", "num_sinks", "sink_pages"])
+def plain_kernel(
+    query, row_stride, head_stride, keys, values, plain_len, plain_table, columns, num_sinks, sink_pages,
+    new_key, new_key_row, new_key_head, new_value, new_value_row, new_value_head, parts, tops, sums, scaling,
+    kv_heads, slots, capacity, PER_KV: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    DV: tl.constexpr, VP: tl.constexpr, HAS_NEW: tl.constexpr, IS_PAGED: tl.constexpr, RUN: tl.constexpr,
+    T: tl.constexpr,
+):  # fmt: skip
+    """Write the step's token, and attend to one run of the plain tokens."""
+    pair, run = tl.program_id(0), tl.program_id(1)
+    row, kv_head = pair // kv_heads, pair % kv_heads
+    length = tl.load(plain_len + row)
+    q, q_unit = load_query(query, row_stride, head_stride, row, kv_head, scaling, PER_KV, M, D, DP, True)
+    d = tl.arange(0, DP)
+    dv = tl.arange(0, VP)
+    stored = length
+    if HAS_NEW:
+        stored = length - 1  # the last column is read from the step's own tensors
+        key_place = new_key + row.to(tl.int64) * new_key_row + kv_head * new_key_head + d
+        value_place = new_value + row.to(tl.int64) * new_value_row + kv_head * new_value_head + dv
+        last_key = tl.load(key_place, mask=d < D, other=0.0)
+        last_value = tl.load(value_place, mask=dv < DV, other=0.0)
+        if stored // RUN == run:
+            home = pair.to(tl.int64)
+            tl.store(keys + (home * D + d) * capacity + stored, last_key, mask=d < D)
+            tl.store(values + (home * capacity + stored) * DV + dv, last_value, mask=dv < DV)
+    top = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, VP], tl.float32)
+    for start in range(run * RUN, tl.minimum(run * RUN + RUN, length), T):
+        column = start + tl.arange(0, T)
+        exists = column < stored
+        if IS_PAGED:
+            is_sink = column < num_sinks
+            page = tl.where(is_sink, column // capacity, (column - num_sinks) // capacity + sink_pages)
+            offset = tl.where(is_sink, column % capacity, (column - num_sinks) % capacity)
+            slot = tl.load(plain_table + row.to(tl.int64) * columns + page, mask=exists, other=0)
+            home = slot.to(tl.int64) * kv_heads + kv_head
+        else:
+            offset = column
+            home = tl.zeros([T], tl.int64) + pair
+        mask = (d < D)[:, None] & exists[None, :]
+        tile = tl.load(keys + (home[None, :] * D + d[:, None]) * capacity + offset[None, :], mask=mask, other=0.0)
+        place = values + (home * capacity + offset)[:, None] * DV + dv[None, :]
+        value = tl.load(place, mask=exists[:, None] & (dv < DV)[None, :], other=0.0)
+        if HAS_NEW:
+            is_last = column == stored
+            tile = tl.where(is_last[None, :], last_key[:, None], tile)
+            value = tl.where(is_last[:, None], last_value[None, :], value)
+        logits = product(q, tile) * q_unit[:, None]
+        logits = tl.where((column < length)[None, :], logits, float("-inf"))
+        weights, top, total, acc = soften(logits, top, total, acc)
+        acc = add_weighed(weights, value, acc)
+    store_part(parts, tops, sums, pair.to(tl.int64) * slots + run, top, total, acc, M, PER_KV, DV, VP)
+
+
+@triton.jit(do_not_specialize=["min_sparse_len", "columns", "num_listed", "runs"])
+def dense_kernel(
+    query, row_stride, head_stride, key_codes, key_lo, key_step, value_codes, value_lo, value_step, table, columns,
+    num_pages, candidates, candidate_tokens, num_listed, parts, tops, sums, scaling, min_sparse_len, kv_heads, slots,
+    runs, PER_KV: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, VP: tl.constexpr,
+    PAGE: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr, NARROW: tl.constexpr,
+    PRUNES: tl.constexpr, HAS_PAGES: tl.constexpr, HAS_TOKENS: tl.constexpr, T: tl.constexpr, SPLITS: tl.constexpr,
+    LEAST: tl.constexpr,
+):  # fmt: skip
+    """Score and attend in one pass; rows that are pruned are left to the others."""
+    pair, split = tl.program_id(0), tl.program_id(1)
+    row, kv_head = pair // kv_heads, pair % kv_heads
+    sparse = is_pruned(num_pages, row, min_sparse_len, PAGE)
+    if PRUNES and sparse:
+        return
+    count = tl.load(num_pages + row)
+    if HAS_PAGES:
+        count = tl.where(sparse, num_listed, count)
+    first, last = segment(count, split, SPLITS, LEAST)
+    if first >= last:
+        return
+    q, q_unit = load_query(query, row_stride, head_stride, row, kv_head, scaling, PER_KV, M, D, DP, KEY_BITS == 16)
+    top = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, VP], tl.float32)
+    tiles: tl.constexpr = PAGE // T
+    for step in range(first * tiles, last * tiles):
+        position = step // tiles
+        t = step % tiles * T + tl.arange(0, T)
+        page = position
+        exists = count > position
+        if HAS_PAGES:
+            spot = candidates + pair.to(tl.int64) * num_listed + position
+            page = tl.where(sparse, tl.load(spot, mask=sparse, other=0), position)
+            exists = page >= 0
+        slot = tl.load(table + row.to(tl.int64) * columns + page, mask=exists, other=0)
+        exists = exists & (slot >= 0)
+        page_head = slot.to(tl.int64) * kv_heads + kv_head
+        high, rest, unit, bias = fold_page(q, key_lo, key_step, page_head, exists, M, D, DP, KEY_BITS == 16)
+        logits = page_logits(key_codes, page_head, exists, t, high, rest, unit, bias, q_unit, D, DP, PAGE, KEY_BITS)
+        taken = t < tl.where(exists, PAGE, 0)
+        if HAS_TOKENS:
+            flag = candidate_tokens + (pair.to(tl.int64) * num_listed + position) * PAGE + t
+            taken = taken & (tl.load(flag, mask=taken & (t < tl.where(sparse, PAGE, 0)), other=1) != 0)
+        logits = tl.where(taken[None, :], logits, float("-inf"))
+        weights, top, total, acc = soften(logits, top, total, acc)
+        value = load_values(
+            value_codes, value_lo, value_step, page_head * PAGE + t, taken, DV, VP, VALUE_BITS, GROUP, NARROW
+        )
+        acc = add_weighed(weights, value, acc)
+    if VALUE_BITS != 16:
+        acc = acc * 2
+    store_part(parts, tops, sums, pair.to(tl.int64) * slots + runs + split, top, total, acc, M, PER_KV, DV, VP)
+
+
+@triton.jit(do_not_specialize=["min_sparse_len", "columns", "num_listed", "runs"])
+def kept_kernel(
+    logits, positions, limits, value_codes, value_lo, value_step, table, columns, num_pages, candidates, num_listed,
+    parts, tops, sums, kept, tokens, min_sparse_len, kv_heads, slots, runs, PER_KV: tl.constexpr, M: tl.constexpr,
+    DV: tl.constexpr, VP: tl.constexpr, PAGE: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr,
+    NARROW: tl.constexpr, HAS_PAGES: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr, SPLITS: tl.constexpr,
+    LEAST: tl.constexpr,
+):  # fmt: skip
+    """List what some query head of the KV head keeps of one split, then attend to it."""
+    pair, split = tl.program_id(0), tl.program_id(1)
+    row, kv_head = pair // kv_heads, pair % kv_heads
+    if not is_pruned(num_pages, row, min_sparse_len, PAGE):
+        return
+    count = tl.load(num_pages + row)
+    if HAS_PAGES:
+        count = num_listed
+    first, last = segment(count, split, SPLITS, LEAST)
+    if first >= last:
+        return
+    g = tl.arange(0, M)
+    real = g < PER_KV
+    limit = tl.load(limits + pair * PER_KV + g, mask=real, other=float("inf"))
+    head_row = logits + (pair.to(tl.int64) * PER_KV + g) * tokens
+    listed = positions + pair.to(tl.int64) * tokens + first * PAGE
+    found = 0
+    for start in range(first * PAGE, last * PAGE, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = real[:, None] & (at < last * PAGE)[None, :]
+        x = tl.load(head_row[:, None] + at[None, :], mask=inside, other=float("-inf"))
+        needed = ((x >= limit[:, None]) & (x > float("-inf"))).to(tl.int32)
+        needed = tl.max(needed, 0)
+        tl.store(listed + found + tl.cumsum(needed, 0) - 1, at, mask=needed > 0)
+        found += tl.sum(needed, 0)
+    tl.store(kept + pair * SPLITS + split, found)
+    tl.debug_barrier()  # the list is read by other threads than those that wrote it
+    top = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, VP], tl.float32)
+    for start in range(0, found, T):
+        index = start + tl.arange(0, T)
+        exists = index < found
+        at = tl.load(listed + index, mask=exists, other=0)
+        page = at // PAGE
+        if HAS_PAGES:
+            page = tl.load(candidates + pair.to(tl.int64) * num_listed + page, mask=exists, other=0)
+        slot = tl.load(table + row.to(tl.int64) * columns + page, mask=exists, other=0)
+        token_head = (slot.to(tl.int64) * kv_heads + kv_head) * PAGE + at % PAGE
+        inside = real[:, None] & exists[None, :]
+        x = tl.load(head_row[:, None] + at[None, :], mask=inside, other=float("-inf"))
+        weights, top, total, acc = soften(x, top, total, acc)
+        value = load_values(
+            value_codes, value_lo, value_step, token_head, exists, DV, VP, VALUE_BITS, GROUP, NARROW
+        )  # fmt: skip
+        acc = add_weighed(weights, value, acc)
+    if VALUE_BITS != 16:
+        acc = acc * 2
+    store_part(parts, tops, sums, pair.to(tl.int64) * slots + runs + split, top, total, acc, M, PER_KV, DV, VP)

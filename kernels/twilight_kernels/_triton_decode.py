@@ -1,0 +1,213 @@
+"""Decode attention over packed pages on GPUs: score, prune, attend, merge.
+
+Definition: ``_reference.decode_attention``. A row's pages are cut into 64 splits (``_triton_tiles.segment``), by the
+row's own length and nothing else, so that a row's bits depend neither on its neighbours nor on the width of the
+block table. Launches of a step with ``p < 1``:
+
+1. ``plain_kernel`` writes the step's token and attends to sinks and window;
+2. ``logits_kernel`` reads the packed keys, the only time: codes times the folded query;
+3. ``collect_kernel``, ``limit_kernel`` (``_triton_prune``) find what each query head needs;
+4. ``kept_kernel`` lists the union over the query heads of a KV head, and attends to it;
+5. ``merge_kernel`` merges all parts by log-sum-exp and adds up the counters.
+
+Rows that are dense, and every row at ``p = 1``, take ``dense_kernel`` for 2 to 4. Nothing here waits for the device:
+sizes come from shapes, what depends on data is bounded by ``num_pages`` on the device, so a step can be captured in a
+CUDA graph (the block table's width and the candidates' number are what it was captured for).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ._triton_attend import RUN, dense_kernel, kept_kernel, plain_kernel
+from ._triton_logits import logits_kernel
+from ._triton_merge import LISTED_TILE, SLOT_TILE, merge_kernel
+from ._triton_prune import BLOCK, find_limits
+from ._triton_tiles import (
+    LEAST_TOKENS,
+    SPLITS,
+    grid_splits,
+    last_contiguous,
+    power_of_two,
+    tile_tokens,
+    warps_for,
+)
+from .layout import KeyPages, PlainTokens, ValuePages
+
+
+def decode_attention(
+    query: Tensor,
+    key_pages: KeyPages,
+    value_pages: ValuePages,
+    plain: PlainTokens,
+    *,
+    block_table: Tensor,
+    num_pages: Tensor,
+    plain_len: Tensor,
+    scaling: float,
+    new_key: Tensor | None = None,
+    new_value: Tensor | None = None,
+    p: float = 1.0,
+    min_keep: int = 0,
+    min_sparse_len: int = 0,
+    candidates: Tensor | None = None,
+    candidate_tokens: Tensor | None = None,
+    stats: Tensor | None = None,
+    plain_table: Tensor | None = None,
+    num_sinks: int = 0,
+) -> Tensor:
+    """See ``_reference.decode_attention``."""
+    query, num_pages = last_contiguous(query), num_pages.contiguous()
+    block_table = block_table.contiguous()
+    rows, heads, _ = query.shape
+    value_dim = plain.form[3]
+    out = torch.empty(rows, heads, value_dim, dtype=query.dtype, device=query.device)
+    if not out.numel():
+        return out
+    listed = None if candidates is None else candidates.shape[2]
+    with torch.cuda.device_of(query):
+        parts = _attend_plain(query, plain, plain_len, scaling, new_key, new_value, plain_table, num_sinks)
+        given = (
+            query, key_pages, value_pages, block_table, num_pages, candidates, candidate_tokens, parts, scaling,
+            min_sparse_len,
+        )  # fmt: skip
+        counters: tuple[Tensor, ...] = parts[1], parts[1], parts[1]
+        if p < 1.0:
+            counters = _attend_kept(*given, p, min_keep)
+        if p >= 1.0 or min_sparse_len > 0:
+            _attend_densely(*given, p < 1.0)
+        slots, per_kv = parts[0].shape[1], parts[0].shape[2]
+        merge_kernel[(rows * heads,)](
+            *parts, out, num_pages, _or(candidates, num_pages), _flags(candidate_tokens, num_pages), listed or 0,
+            *counters, _or(stats, out), min_sparse_len, heads, slots, slots - SPLITS, PER_KV=per_kv, DV=value_dim,
+            VP=power_of_two(value_dim), PAGE=key_pages.codec.page_size, PRUNES=p < 1.0,
+            HAS_PAGES=listed is not None, HAS_TOKENS=candidate_tokens is not None, HAS_STATS=stats is not None,
+            SLOTS=power_of_two(slots), TILE=SLOT_TILE, LISTED=LISTED_TILE, **_splits(key_pages), num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def _attend_plain(
+    query: Tensor, plain: PlainTokens, plain_len: Tensor, scaling: float, new_key: Tensor | None,
+    new_value: Tensor | None, plain_table: Tensor | None, num_sinks: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Attend to sinks and window; return the parts, with room for those of the packed tokens."""
+    _, kv_heads, _, value_dim = plain.form
+    (rows, heads, _), capacity = query.shape, plain.capacity
+    columns = 1 if plain_table is None else plain_table.shape[1]
+    runs = triton.cdiv(columns * capacity, RUN)
+    shape = rows * kv_heads, runs + SPLITS, heads // kv_heads
+    parts = torch.empty(*shape, value_dim, device=query.device)
+    tops, sums = (torch.empty(shape, device=query.device) for _ in range(2))
+    table = plain_len if plain_table is None else plain_table.contiguous()
+    appended: tuple[Any, ...] = (query, 0, 0, query, 0, 0)
+    if new_key is not None and new_value is not None:
+        new_key, new_value = last_contiguous(new_key), last_contiguous(new_value)
+        appended = (new_key, *new_key.stride()[:2], new_value, *new_value.stride()[:2])
+    plain_kernel[(rows * kv_heads, runs)](
+        query, *query.stride()[:2], plain.keys, plain.values, plain_len.contiguous(), table, columns, num_sinks,
+        triton.cdiv(num_sinks, capacity), *appended, parts, tops, sums, scaling, kv_heads, shape[1], capacity,
+        **_heads(query, kv_heads, value_dim), HAS_NEW=new_key is not None, IS_PAGED=plain_table is not None, RUN=RUN,
+        T=min(32, _tile(query, value_dim)), num_warps=_warps(query, value_dim), num_stages=2,
+    )  # fmt: skip
+    return parts, tops, sums
+
+
+def _attend_densely(
+    query: Tensor, key_pages: KeyPages, value_pages: ValuePages, table: Tensor, num_pages: Tensor,
+    candidates: Tensor | None, tokens: Tensor | None, parts: tuple[Tensor, Tensor, Tensor], scaling: float,
+    min_sparse_len: int, prunes: bool,
+) -> None:  # fmt: skip
+    _, kv_heads, _, page_size = key_pages.form
+    slots, value_dim = parts[0].shape[1], value_pages.head_dim
+    columns = max(table.shape[1], 0 if candidates is None else candidates.shape[2])
+    splits = _splits(key_pages)
+    dense_kernel[(len(query) * kv_heads, grid_splits(columns, splits["LEAST"]))](
+        query, *query.stride()[:2], key_pages.codes, key_pages.lo, key_pages.step, value_pages.codes, value_pages.lo,
+        value_pages.step, table, table.shape[1], num_pages, _or(candidates, num_pages), _flags(tokens, num_pages),
+        0 if candidates is None else candidates.shape[2], *parts, scaling, min_sparse_len, kv_heads, slots,
+        slots - SPLITS, **_heads(query, kv_heads, value_dim), **_values(query, value_pages), PAGE=page_size,
+        KEY_BITS=key_pages.codec.bits, PRUNES=prunes, HAS_PAGES=candidates is not None,
+        HAS_TOKENS=tokens is not None, T=min(page_size, _tile(query, value_dim)), **splits,
+        num_warps=_warps(query, value_dim), num_stages=3,
+    )  # fmt: skip
+
+
+def _attend_kept(
+    query: Tensor, key_pages: KeyPages, value_pages: ValuePages, table: Tensor, num_pages: Tensor,
+    candidates: Tensor | None, tokens: Tensor | None, parts: tuple[Tensor, Tensor, Tensor], scaling: float,
+    min_sparse_len: int, p: float, min_keep: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Prune and attend; return tokens that each head needs, tokens kept a split, log of the whole mass."""
+    _, kv_heads, key_dim, page_size = key_pages.form
+    (rows, heads, _), device = query.shape, query.device
+    slots, per_kv, value_dim = parts[0].shape[1], heads // kv_heads, value_pages.head_dim
+    listed = None if candidates is None else candidates.shape[2]
+    width = (table.shape[1] if listed is None else listed) * page_size
+    pairs, splits = rows * kv_heads, _splits(key_pages)
+    grid = pairs, grid_splits(width // page_size, splits["LEAST"])
+    logits = torch.empty(rows * heads, width, device=device)
+    tops, sums = (torch.empty(pairs, SPLITS, per_kv, device=device) for _ in range(2))
+    pages = _or(candidates, num_pages)
+    logits_kernel[grid](
+        query, *query.stride()[:2], key_pages.codes, key_pages.lo, key_pages.step, table, table.shape[1], num_pages,
+        pages, _flags(tokens, num_pages), listed or 0, logits, tops, sums, width, scaling, min_sparse_len, kv_heads,
+        PER_KV=per_kv, M=max(16, power_of_two(per_kv)), D=key_dim, DP=max(16, power_of_two(key_dim)), PAGE=page_size,
+        BITS=key_pages.codec.bits, HAS_PAGES=listed is not None, HAS_TOKENS=tokens is not None,
+        T=min(page_size, tile_tokens(key_dim)), **splits, num_warps=_warps(query), num_stages=2,
+    )  # fmt: skip
+    runs = slots - SPLITS
+    limits, needed, masses = find_limits(
+        logits, tops, sums, parts[1:], num_pages, p, min_keep, runs=runs, page_size=page_size, num_listed=listed,
+        min_sparse_len=min_sparse_len, per_kv=per_kv,
+    )  # fmt: skip
+    positions = torch.empty(pairs, width, dtype=torch.int32, device=device)
+    kept = torch.empty(pairs, SPLITS, dtype=torch.int32, device=device)
+    kept_kernel[grid](
+        logits, positions, limits, value_pages.codes, value_pages.lo, value_pages.step, table, table.shape[1],
+        num_pages, pages, listed or 0, *parts, kept, width, min_sparse_len, kv_heads, slots, runs, PER_KV=per_kv,
+        M=max(16, power_of_two(per_kv)), DV=value_dim, VP=max(16, power_of_two(value_dim)), PAGE=page_size,
+        **_values(query, value_pages), HAS_PAGES=listed is not None, BLOCK=BLOCK // 4,
+        T=min(32, _tile(query, value_dim)), **splits, num_stages=2,
+        num_warps=_warps(query, value_dim),
+    )  # fmt: skip
+    return needed, kept, masses
+
+
+def _heads(query: Tensor, kv_heads: int, value_dim: int) -> dict[str, int]:
+    per_kv, dim = query.shape[1] // kv_heads, query.shape[2]
+    return {
+        "PER_KV": per_kv, "M": max(16, power_of_two(per_kv)), "D": dim, "DP": max(16, power_of_two(dim)),
+        "DV": value_dim, "VP": max(16, power_of_two(value_dim)),
+    }  # fmt: skip
+
+
+def _tile(query: Tensor, value_dim: int) -> int:
+    largest = max(query.shape[2], value_dim)
+    return tile_tokens(largest, query.dtype == torch.float32 or largest > 128)
+
+
+def _warps(query: Tensor, *dims: int) -> int:
+    return warps_for(query.dtype == torch.float32, query.shape[2], *dims)
+
+
+def _values(query: Tensor, pages: ValuePages) -> dict[str, Any]:
+    codec = pages.codec
+    return {"VALUE_BITS": codec.bits, "GROUP": codec.group_size, "NARROW": query.dtype != torch.float32}
+
+
+def _splits(pages: KeyPages) -> dict[str, int]:
+    return {"SPLITS": SPLITS, "LEAST": max(1, LEAST_TOKENS // pages.codec.page_size)}
+
+
+def _or(given: Tensor | None, other: Tensor) -> Tensor:
+    """What a kernel is given for a tensor that it will not touch."""
+    return other if given is None else given.contiguous()
+
+
+def _flags(tokens: Tensor | None, other: Tensor) -> Tensor:
+    return other if tokens is None else tokens.contiguous().view(torch.uint8)

@@ -1,0 +1,248 @@
+"""Top-p pruning on GPUs: a provable start, what lies above it, then bisection on that alone.
+
+Definition: ``_reference.top_p_threshold``. Scoring leaves the largest logit and the mass of each split of a row. From
+them every block of ``collect_kernel`` knows a logit below which nothing is needed (all tokens below
+``largest + ln((1 - p) * mass / count)`` together weigh less than ``1 - p``) and gathers what its split holds above;
+one block a row then narrows the threshold by fifteen trial limits a round, so the row itself is read once. Sums run
+in fixed orders and nothing is added atomically: the same row gives the same bits, whatever is computed beside it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._triton_tiles import LEAST_TOKENS, SPLITS, grid_splits, segment
+
+ROUNDS = 6  # of 16 parts each: 2 ** -24 of the range
+BLOCK = 1024  # logits that are looked at at once
+
+
+def top_p_threshold(logits: Tensor, p: float, *, forced_lse: Tensor | None = None, min_keep: int = 0) -> Tensor:
+    """See ``_reference.top_p_threshold``."""
+    rows, columns = logits.shape
+    if p >= 1.0 or not logits.numel():
+        return torch.full((rows,), -torch.inf, device=logits.device)
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    with torch.cuda.device_of(logits):
+        tops, sums = row_masses(logits)
+        plain = None if forced_lse is None else (forced_lse.contiguous(), torch.ones_like(forced_lse))
+        lengths = torch.full((rows,), columns, dtype=torch.int32, device=logits.device)
+        return find_limits(logits, tops, sums, plain, lengths, p, min_keep)[0]
+
+
+def row_masses(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest logit and mass of each split of rows ``[R, S]``, both ``[R, SPLITS]``."""
+    rows, columns = logits.shape
+    tops = torch.full((rows, SPLITS), -torch.inf, device=logits.device)
+    sums = torch.zeros_like(tops)
+    mass_kernel[(rows, grid_splits(columns, LEAST_TOKENS))](
+        logits, logits.stride(0), columns, tops, sums, SPLITS=SPLITS, LEAST=LEAST_TOKENS, BLOCK=BLOCK, num_warps=4
+    )
+    return tops, sums
+
+
+def find_limits(
+    logits: Tensor, tops: Tensor, sums: Tensor, plain: tuple[Tensor, Tensor] | None, lengths: Tensor, p: float,
+    min_keep: int, *, runs: int = 1, page_size: int = 1, num_listed: int | None = None, min_sparse_len: int = 0,
+    per_kv: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Find the threshold of each row of logits.
+
+    Args:
+        logits: ``[R, S]``, contiguous numbers in a row; ``R`` is rows of the batch times query heads.
+        tops, sums: ``[R / per_kv, SPLITS, per_kv]`` largest logit of each split, and its mass in that unit.
+        plain: the same of what is kept in any case, ``[R / per_kv, slots, per_kv]``.
+        runs: slots of it that count.
+        lengths: ``[B]`` int32, pages of each row of the batch.
+        p, min_keep: see ``_reference.top_p_threshold``.
+        page_size: entries of a page.
+        num_listed: pages of every row, if not ``lengths``.
+        min_sparse_len: rows of the batch with fewer entries keep everything.
+        per_kv: query heads on one KV head.
+    Returns:
+        ``[R]`` float32 thresholds; ``[R]`` int32 entries kept; ``[R]`` float32 log of the whole mass.
+    """
+    rows, columns = logits.shape
+    device = logits.device
+    near = torch.empty(rows, columns, device=device)
+    counts = torch.empty(rows, SPLITS, dtype=torch.int32, device=device)
+    limits, masses = (torch.empty(rows, device=device) for _ in range(2))
+    kept = torch.empty(rows, dtype=torch.int32, device=device)
+    runs = 0 if plain is None else runs
+    plain_tops, plain_sums = (tops, sums) if plain is None else plain
+    slots = plain_tops.numel() // rows
+    shape = {
+        "PER_KV": per_kv, "PAGE": page_size, "SPLITS": SPLITS, "LEAST": max(1, LEAST_TOKENS // page_size),
+        "HAS_LISTED": num_listed is not None, "RUNS": triton.next_power_of_2(max(1, runs)), "BLOCK": BLOCK,
+    }  # fmt: skip
+    given = (
+        tops, sums, plain_tops, plain_sums, runs, slots, lengths, num_listed or 0, min_sparse_len, p, min_keep,
+        rows // len(lengths),
+    )  # fmt: skip
+    splits = grid_splits(columns // page_size, shape["LEAST"])
+    collect_kernel[(rows, splits)](logits, logits.stride(0), near, columns, counts, *given, **shape, num_warps=4)
+    limit_kernel[(rows,)](
+        near, columns, counts, limits, kept, masses, *given, **shape, ROUNDS=ROUNDS, num_warps=8
+    )  # fmt: skip
+    return limits, kept, masses
+
+
+@triton.jit(do_not_specialize=["columns"])
+def mass_kernel(logits, stride, columns, tops, sums, SPLITS: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr):
+    row, split = tl.program_id(0), tl.program_id(1)
+    first, last = segment(columns, split, SPLITS, LEAST)
+    top = float("-inf")
+    total = 0.0
+    for start in range(first, last, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + row.to(tl.int64) * stride + at, mask=at < last, other=float("-inf"))
+        new_top = tl.maximum(top, tl.max(x, 0))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp(top - base) + tl.sum(tl.exp(x - base), 0)
+        top = new_top
+    tl.store(tops + row * SPLITS + split, top)
+    tl.store(sums + row * SPLITS + split, total)
+
+
+@triton.jit
+def known_masses(
+    tops, sums, plain_tops, plain_sums, runs, slots, head, count, PER_KV: tl.constexpr, SPLITS: tl.constexpr,
+    LEAST: tl.constexpr, RUNS: tl.constexpr,
+):  # fmt: skip
+    """Largest logit of each split, that of the row, of all; masses of the row and of what is kept in any case."""
+    pair, g = head // PER_KV, head % PER_KV
+    split = tl.arange(0, SPLITS)
+    first, _last = segment(count, split, SPLITS, LEAST)
+    place = (pair * SPLITS + split) * PER_KV + g
+    split_tops = tl.load(tops + place, mask=first < count, other=float("-inf"))
+    split_sums = tl.load(sums + place, mask=first < count, other=0.0)
+    run = tl.arange(0, RUNS)
+    place = (pair * slots + run) * PER_KV + g
+    run_tops = tl.load(plain_tops + place, mask=run < runs, other=float("-inf"))
+    run_sums = tl.load(plain_sums + place, mask=run < runs, other=0.0)
+    top = tl.max(split_tops, 0)
+    peak = tl.maximum(top, tl.max(run_tops, 0))
+    base = tl.where(peak == float("-inf"), 0.0, peak)
+    mass = tl.sum(split_sums * tl.exp(split_tops - base), 0)
+    forced = tl.sum(run_sums * tl.exp(run_tops - base), 0)
+    return split_tops, top, base, mass, forced
+
+
+@triton.jit
+def row_length(
+    head, lengths, num_listed, min_sparse_len, heads, PAGE: tl.constexpr, HAS_LISTED: tl.constexpr
+):  # fmt: skip
+    """Pages of a row, zero if it keeps everything."""
+    pages = tl.load(lengths + head // heads)
+    count = pages
+    if HAS_LISTED:
+        count = num_listed
+    return tl.where(pages * PAGE >= min_sparse_len, count, 0)
+
+
+@triton.jit(do_not_specialize=["columns", "runs", "slots", "num_listed", "min_sparse_len", "min_keep", "heads"])
+def collect_kernel(
+    logits, stride, near, columns, counts, tops, sums, plain_tops, plain_sums, runs, slots, lengths, num_listed,
+    min_sparse_len, p, min_keep, heads, PER_KV: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
+    LEAST: tl.constexpr, HAS_LISTED: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gather what may be needed of one split of one row, at the split's own place."""
+    head, split = tl.program_id(0), tl.program_id(1)
+    count = row_length(head, lengths, num_listed, min_sparse_len, heads, PAGE, HAS_LISTED)
+    first, last = segment(count, split, SPLITS, LEAST)
+    if first >= last:
+        return
+    split_tops, top, base, mass, forced = known_masses(
+        tops, sums, plain_tops, plain_sums, runs, slots, head, count, PER_KV, SPLITS, LEAST, RUNS
+    )
+    start = top
+    if p * (mass + forced) > forced:
+        slack = tl.maximum((1.0 - p) * (mass + forced), 1e-30)
+        start = tl.minimum(top, base + tl.log(slack / (count * PAGE).to(tl.float32)) - 0.001)
+    if min_keep > 0:  # the least split maximum that has min_keep of them at or above it
+        above = tl.sum((split_tops[None, :] >= split_tops[:, None]).to(tl.int32), 1)
+        start = tl.minimum(start, tl.max(tl.where(above >= min_keep, split_tops, float("-inf")), 0))
+    source = logits + head.to(tl.int64) * stride
+    target = near + head.to(tl.int64) * columns + first * PAGE
+    found = 0
+    for begin in range(first * PAGE, last * PAGE, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        x = tl.load(source + at, mask=at < last * PAGE, other=float("-inf"))
+        is_near = ((x >= start) & (x > float("-inf"))).to(tl.int32)
+        tl.store(target + found + tl.cumsum(is_near, 0) - 1, x, mask=is_near > 0)
+        found += tl.sum(is_near, 0)
+    tl.store(counts + head * SPLITS + split, found)
+
+
+@triton.jit
+def near_at(near, columns, ends, head, i, total, count, PAGE: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr):
+    """Entry ``i`` of all that was gathered of a row: which split holds it is found by halving ``ends``."""
+    exists = i < total
+    split = tl.zeros_like(i)
+    reach: tl.constexpr = SPLITS // 2
+    step = reach
+    while step > 0:
+        end = tl.load(ends + head * SPLITS + split + step - 1, mask=exists, other=0)
+        split = tl.where(i >= end, split + step, split)
+        step = step // 2
+    before = tl.load(ends + head * SPLITS + split - 1, mask=exists & (split > 0), other=0)
+    first, _last = segment(count, split, SPLITS, LEAST)
+    place = head.to(tl.int64) * columns + first * PAGE + i - before
+    return tl.load(near + place, mask=exists, other=float("-inf"))
+
+
+@triton.jit(do_not_specialize=["columns", "runs", "slots", "num_listed", "min_sparse_len", "min_keep", "heads"])
+def limit_kernel(
+    near, columns, counts, limits, kept, masses, tops, sums, plain_tops, plain_sums, runs, slots, lengths, num_listed,
+    min_sparse_len, p, min_keep, heads, PER_KV: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
+    LEAST: tl.constexpr, HAS_LISTED: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr,
+):  # fmt: skip
+    """Narrow the threshold of one row among what was gathered of it."""
+    head = tl.program_id(0)
+    count = row_length(head, lengths, num_listed, min_sparse_len, heads, PAGE, HAS_LISTED)
+    _tops, top, base, mass, forced = known_masses(
+        tops, sums, plain_tops, plain_sums, runs, slots, head, count, PER_KV, SPLITS, LEAST, RUNS
+    )
+    tl.store(masses + head, base + tl.log(mass + forced))
+    split = tl.arange(0, SPLITS)
+    first, _last = segment(count, split, SPLITS, LEAST)
+    found = tl.load(counts + head * SPLITS + split, mask=first < count, other=0)
+    total = tl.sum(found, 0)
+    need = p * (mass + forced) - forced
+    if total == 0:  # nothing there, or everything kept
+        tl.store(limits + head, float("-inf"))
+        tl.store(kept + head, 0)
+    elif (need <= 0) & (min_keep <= 0):
+        tl.store(limits + head, float("inf"))
+        tl.store(kept + head, 0)
+    else:
+        tl.store(counts + head * SPLITS + split, tl.cumsum(found, 0))
+        tl.debug_barrier()  # the ends are read by other threads than those that wrote them
+        least = tl.minimum(min_keep, total)
+        low = top
+        for start in range(0, total, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            x = near_at(near, columns, counts, head, i, total, count, PAGE, SPLITS, LEAST)
+            low = tl.minimum(low, tl.min(tl.where(i < total, x, top), 0))
+        high = top
+        trial = tl.arange(0, 16)
+        number = total
+        for _round in range(ROUNDS):
+            tried = low + (high - low) * (trial.to(tl.float32) * 0.0625)  # the first is low itself
+            above = tl.zeros([16], tl.float32)
+            many = tl.zeros([16], tl.int32)
+            for start in range(0, total, BLOCK):
+                i = start + tl.arange(0, BLOCK)
+                x = near_at(near, columns, counts, head, i, total, count, PAGE, SPLITS, LEAST)
+                taken = x[None, :] >= tried[:, None]
+                above += tl.sum(tl.where(taken, tl.exp(x - base)[None, :], 0.0), 1)
+                many += tl.sum(taken.to(tl.int32), 1)
+            best = tl.max(tl.where((above >= need) & (many >= least), trial, 0), 0)
+            low = tl.sum(tl.where(trial == best, tried, 0.0), 0)
+            high = tl.where(best == 15, high, tl.sum(tl.where(trial == best + 1, tried, 0.0), 0))
+            number = tl.sum(tl.where(trial == best, many, 0), 0)
+        tl.store(limits + head, low)
+        tl.store(kept + head, number)
