@@ -18,8 +18,7 @@ from twilight_kernels import (
     PlainTokens,
     ValueCodec,
     ValuePages,
-    store_key_pages,
-    store_value_pages,
+    _reference,
 )
 
 INTERPRETER = "interpreter"
@@ -194,8 +193,8 @@ def random_scene(
         tensor.fill_(torch.nan if tensor.is_floating_point() else 255)
     owned = torch.randperm(slots, generator=draw)[: sum(pages)].to(device, torch.int32)
     offsets = normal(kv_heads, 1, key_dim) * 2  # channels have their own means, as in real keys
-    store_key_pages(key_pages, owned, normal(len(owned), kv_heads, page_size, key_dim) + offsets)
-    store_value_pages(value_pages, owned, normal(len(owned), kv_heads, page_size, value_dim))
+    _reference.store_key_pages(key_pages, owned, normal(len(owned), kv_heads, page_size, key_dim) + offsets)
+    _reference.store_value_pages(value_pages, owned, normal(len(owned), kv_heads, page_size, value_dim))
     table = torch.full((rows, max(1, *pages)), -1, dtype=torch.int32, device=device)
     for row, part in enumerate(owned.split(list(pages))):
         table[row, : len(part)] = part

@@ -182,9 +182,6 @@ def test_every_head_keeps_its_mass_and_no_more_than_it_needs(
         before = own, union
 
 
-@pytest.mark.interpreted(
-    "(16, 3, 128, 1, 64, 80, 48, torch.float32)",
-)
 def test_rows_of_a_batch_do_not_see_each_other(case: dict[str, Any], make_scene: Callable[..., Any]) -> None:
     scene = make_scene(pages=_pages(case["page_size"]), plain=PLAIN, **case)
     for p in (0.9, 1.0):
@@ -293,7 +290,6 @@ def test_order_of_pages_does_not_matter(make_scene: Callable[..., Any]) -> None:
         assert torch.allclose(moved_out, out, atol=1e-5, rtol=0)
 
 
-@pytest.mark.interpreted
 def test_far_logits_neither_overflow_nor_vanish(make_scene: Callable[..., Any]) -> None:
     """Weights far below what float32 can hold beside 1 count as nothing, wherever the largest is."""
     scene = make_scene(pages=(3, 3), plain=(65, 20), sharpness=3000.0)

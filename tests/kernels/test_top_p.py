@@ -139,9 +139,6 @@ def test_forced_tokens_count_as_kept_mass(p: float, device: str) -> None:
     assert torch.equal(_kept(logits, top_p_threshold(logits.to(device), p, forced_lse=nothing).cpu()), alone)
 
 
-@pytest.mark.interpreted(
-    "7",
-)
 @pytest.mark.parametrize("min_keep", [1, 7, 64, 699, 10_000])
 def test_min_keep_is_kept_as_far_as_tokens_exist(min_keep: int, device: str) -> None:
     for logits in ROWS.values():
