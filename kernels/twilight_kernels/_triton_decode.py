@@ -59,8 +59,9 @@ def decode_attention(
     stats: Tensor | None = None,
     plain_table: Tensor | None = None,
     num_sinks: int = 0,
+    strips: Tensor | None = None,
 ) -> Tensor:
-    """See ``_reference.decode_attention``."""
+    """See ``_reference.decode_attention``; ``strips`` say what may be shared, and each row reads for itself here."""
     query, num_pages = last_contiguous(query), num_pages.contiguous()
     block_table = block_table.contiguous()
     rows, heads, _ = query.shape
