@@ -94,7 +94,7 @@ class TwilightConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
-        _ = self.key_codec, self.value_codec, self.stripe_plan  # check their ranges
+        _ = self.key_codec, self.value_codec  # check their ranges
         usual = LayerSettings(self.key_bits, self.value_bits, self.key_clip)
         object.__setattr__(self, "layers", parse_layers(self.layers, usual))
         if self.calibrated_for is not None and not isinstance(self.calibrated_for, Mapping):
@@ -106,6 +106,7 @@ class TwilightConfig:
         _require_share("max_retrieving", self.max_retrieving, "let no head go dense in prefill")
         for name in ("num_sinks", "window", "min_keep", "min_sparse_len", "min_prefill_len"):
             _require_count(name, getattr(self, name), 1 if name == "window" else 0)
+        _ = self.stripe_plan
         for layer in self.dense_layers:
             _require_count("dense_layers", layer, 0)
         if self.selector not in SELECTORS:

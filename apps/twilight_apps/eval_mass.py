@@ -136,10 +136,10 @@ def weigh(cache: TwilightCache, layer_idx: int, record: Record, steps: int) -> A
         store.stats = None
         store.attend(inputs.query, record.scaling, step, seen[:, :, -1], inputs.values[:, :, -1])
         assert store.stats is not None
-        assert store.coverage is not None
         _, _, kept_tokens, claim, _ = store.stats[0].T
         masses.append(decode_check.attended_mass(store, step, inputs))
-        claimed.append(claim * store.coverage[0])
+        coverage = store.mean_coverage()
+        claimed.append(claim * (torch.nan if coverage is None else torch.tensor(coverage, dtype=claim.dtype)))
         kept.append(kept_tokens)
         store.flush(step.flushes)
     return Achieved(*(torch.stack(parts).double() for parts in (masses, claimed, kept)))

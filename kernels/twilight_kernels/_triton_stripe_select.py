@@ -85,10 +85,6 @@ def choose_kernel(
         high = tl.where(is_open & ~is_enough, level, high)
         guess = tl.maximum(level - _STEP, 1)
         tl.debug_barrier()
-    place = task * strips + n
-    mask += place * ((total + 7) // 8)
-    number = _mark(column, mask, low_key, high_key, _bar(low), SPAN)
-    least = _smallest(tl.where(is_row, tl.load(kept + line), float("inf")), fewest, CHUNKS * HEADS * SLOTS)
     retrieving = low * 0
     length = _list(column, listed, low_key, high_key, _RETRIEVED, SPAN)
     tl.debug_barrier()
@@ -97,6 +93,10 @@ def choose_kernel(
             query, keys, lse, column, listed, place, chunk, start, first, end, total - rows, q_row, q_head, k_row,
             length, factor, Q_PER_KV, DIM, STRIP, SAMPLES, SLOTS, HEADS, CHUNKS, BLOCK_D, BLOCK_S, PRECISION,
         )  # fmt: skip
+    place = task * strips + n
+    mask += place * ((total + 7) // 8)
+    number = _mark(column, mask, low_key, high_key, _bar(low), SPAN)
+    least = _smallest(tl.where(is_row, tl.load(kept + line), float("inf")), fewest, CHUNKS * HEADS * SLOTS)
     report += place * 5
     tl.store(report, number.to(tl.float32))
     tl.store(report + 1, always_mean)

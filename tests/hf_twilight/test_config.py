@@ -17,7 +17,7 @@ CHANGED: dict[str, Any] = {
     "key_bits": 2, "value_bits": 8, "page_size": 32, "group_size": 32, "key_clip": 0.9, "num_sinks": 0,
     "window": 7, "p": 0.5, "min_keep": 3, "selector": "quest", "budget": 77,
     "dense_layers": (3,), "min_sparse_len": 5,
-    "alpha": 0.9, "prefill_window": 64, "prefill_samples": 32, "min_prefill_len": 512,
+    "alpha": 0.9, "prefill_window": 64, "prefill_samples": 32, "max_retrieving": 0.02, "min_prefill_len": 512,
     "layers": {2: LayerSettings(4, 3, 1.0)}, "calibrated_for": {"model_type": "llama"},
     "skvq_tables": "/nowhere/skvq.safetensors",
 }  # fmt: skip
