@@ -42,7 +42,8 @@ def enable(model: ModelT, settings: TwilightConfig | dict[str, Any] | str | None
 
     Args:
         model: a decoder-only model.
-        settings: a ``TwilightConfig``, a dict of settings, a preset's name, or None for ``balanced``.
+        settings: a ``TwilightConfig``, a dict of settings, a preset's name, a folder that ``calibrate`` wrote, or
+            None for ``balanced``.
         changes: single settings on top, as ``p=0.9``.
     Raises:
         ValueError: an encoder-decoder model, or settings that do not exist.

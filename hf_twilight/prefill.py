@@ -60,12 +60,18 @@ class SparsePrefill:
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, padding: Sequence[int]) -> Tensor:
         """Attend the last T of S positions: ``[B, H, T, D]`` to ``[B, H, T, Dv]``; rows of padding are zero."""
+        mask = self.choose(query, keys, scaling, padding)
+        pads = torch.tensor(padding, dtype=torch.int32, device=query.device)
+        return attend_stripes(query, keys, values, mask, self.plan, scaling=scaling, padding=pads)
+
+    def choose(self, query: Tensor, keys: Tensor, scaling: float, padding: Sequence[int]) -> Tensor:
+        """Choose the keys of each strip as ``select_stripes`` returns them, all of them in heads that retrieve."""
         pads = torch.tensor(padding, dtype=torch.int32, device=query.device)
         mask, found = select_stripes(query, keys, self.plan, scaling=scaling, padding=pads)
         is_dense = self._retrieves(found, query.shape[2], keys.shape[2], padding, query.shape[1] // keys.shape[1])
         mask.masked_fill_(is_dense[..., None], 255)
         self._reports.append(_Report(found, is_dense, query.shape[2], keys.shape[2], tuple(padding)))
-        return attend_stripes(query, keys, values, mask, self.plan, scaling=scaling, padding=pads)
+        return mask
 
     def _retrieves(self, found: Tensor, rows: int, total: int, padding: Sequence[int], q_per_kv: int) -> Tensor:
         """Count sampled rows that retrieve, strip by strip; return ``[B, K, N]`` which strips go dense.

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hf_twilight import TwilightCache
+from hf_twilight.prefill import SparsePrefill
 from hf_twilight.recording import Record, recording
 from twilight_kernels import _reference, attend_stripes, select_stripes
 
@@ -120,29 +121,30 @@ def _one_layer(found: Record, settings: TwilightConfig) -> dict[str, Any]:
     _check(found, settings)
     kept: list[Tensor] = []
     spent = {"select": 0.0, "attend": 0.0}
+    chosen: dict[str, list[float]] = {}
 
     def dense() -> None:
         kept[:] = [scaled_dot_product_attention(query, *repeated, is_causal=True, scale=found.scaling)]
 
     def sparse() -> None:
+        prefill = SparsePrefill(settings, -1)
         start = time.perf_counter()
-        mask, report = select_stripes(query, keys, stripe_plan, scaling=found.scaling, padding=padding)
+        mask = prefill.choose(query, keys, found.scaling, [0])
         middle = time.perf_counter()
         out = attend_stripes(query, keys, values, mask, stripe_plan, scaling=found.scaling, padding=padding)
         spent.update(select=(middle - start) * 1e3, attend=(time.perf_counter() - middle) * 1e3)
-        kept[1:] = [out, report]
+        kept[1:] = [out]
+        chosen.update(prefill.stats() or {})
 
     times = timing.interleave({"sdpa": dense, "twilight": sparse}, 2, warmup=1)
     dense()
     sparse()
-    exact, out, report = kept
+    exact, out = kept
     best = {name: min(found) for name, found in times.items()}
-    is_strip = report[..., 2] > 0
     return {
         "sdpa_ms": best["sdpa"], "twilight_ms": best["twilight"], "select_ms": spent["select"],
         "attend_ms": spent["attend"], "speedup": best["sdpa"] / best["twilight"],
-        "stripes": float(report[..., 0][is_strip].mean()), "mass": float(report[..., 2][is_strip].mean()),
-        "mass_q05": float(report[..., 3][is_strip].mean()),
+        **{name: sum(shares) / len(shares) for name, shares in chosen.items()},
         "error": float((out.float() - exact.float()).norm() / exact.float().norm()),
     }  # fmt: skip
 
@@ -173,7 +175,6 @@ def _whole(model: PreTrainedModel, ids: Tensor, settings: TwilightConfig, rounds
     def read(attention: str) -> None:
         models.use_attention(model, attention)
         is_ours = attention == models.OUR_ATTENTION
-        resident.reset_peak()
         cache = TwilightCache(model.config, settings) if is_ours else models.stock_cache(model)
         model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         if isinstance(cache, TwilightCache):
@@ -182,7 +183,9 @@ def _whole(model: PreTrainedModel, ids: Tensor, settings: TwilightConfig, rounds
 
     entrants = {"stock": lambda: read(models.STOCK_ATTENTION), "twilight": lambda: read(models.OUR_ATTENTION)}
     with tables.progress("Reading", rounds) as bar:
-        times = timing.interleave(entrants, rounds, warmup=0, on_round=lambda: bar.advance(bar.task_ids[0]))
+        times = timing.interleave(
+            entrants, rounds, warmup=0, before=resident.reset_peak, on_round=lambda: bar.advance(bar.task_ids[0])
+        )
     summaries = {name: timing.summary(found) for name, found in times.items()}
     density = [share for layer in stats for share in layer["density"]]
     return {
@@ -198,15 +201,26 @@ def _print_layers(result: dict[str, Any]) -> None:
     rows = [
         [
             str(row["layer"]), f"{row['sdpa_ms']:,.0f}", f"{row['twilight_ms']:,.0f}", f"{row['select_ms']:,.0f}",
-            f"{row['speedup']:.2f}", f"{row['stripes']:,.0f}", f"{row['mass']:.1%}", f"{row['mass_q05']:.1%}",
-            f"{row['error']:.3f}",
+            f"{row['speedup']:.2f}", f"{row['stripes']:,.0f}", f"{row['dense']:.0%}", f"{row['mass']:.1%}",
+            f"{row['mass_q05']:.1%}", f"{row['error']:.3f}",
         ]
         for row in result["layers"]
     ]  # fmt: skip
     title = (
         f"Attention of one layer, {result['dtype']}, {result['context']:,} tokens, {torch.get_num_threads()} threads"
     )
-    columns = ["layer", "sdpa ms", "ours ms", "of it choosing", "x sdpa", "stripes", "mass", "worst 5 %", "error"]
+    columns = [
+        "layer",
+        "sdpa ms",
+        "ours ms",
+        "of it choosing",
+        "x sdpa",
+        "stripes",
+        "dense",
+        "mass",
+        "worst 5 %",
+        "error",
+    ]
     tables.print_table(title, columns, rows)
 
 

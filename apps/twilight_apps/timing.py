@@ -13,6 +13,7 @@ def interleave(
     rounds: int,
     *,
     warmup: int = 2,
+    before: Callable[[], object] = lambda: None,
     on_round: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Time each entrant once a round, starting each round with another one.
@@ -21,6 +22,7 @@ def interleave(
         entrants: what to run, by name; inputs are made before.
         rounds: timed rounds, at least 1.
         warmup: rounds before them that are not kept.
+        before: called before each run, and not timed.
         on_round: called after each round.
     Returns:
         Milliseconds of each entrant's runs, one a round.
@@ -34,6 +36,7 @@ def interleave(
     for index in range(warmup + rounds):
         first = index % len(names)
         for name in names[first:] + names[:first]:
+            before()
             elapsed = run_ms(entrants[name])
             if index >= warmup:
                 times[name].append(elapsed)
