@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from hf_twilight import TwilightConfig
 
+_WARMUP = 1024  # tokens that load every kernel
 _CHECKED_ROWS = 128  # query rows that are compared with the definition
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of the largest output
 
@@ -172,16 +173,19 @@ def _whole(model: PreTrainedModel, ids: Tensor, settings: TwilightConfig, rounds
     peaks: dict[str, list[int]] = {}
 
     @torch.inference_mode()
-    def read(attention: str) -> None:
+    def read(attention: str, tokens: Tensor = ids, own: TwilightConfig = settings) -> None:
         models.use_attention(model, attention)
         is_ours = attention == models.OUR_ATTENTION
-        cache = TwilightCache(model.config, settings) if is_ours else models.stock_cache(model)
-        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = TwilightCache(model.config, own) if is_ours else models.stock_cache(model)
+        model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
         if isinstance(cache, TwilightCache):
             stats[:] = cache.prefill_stats()
         peaks.setdefault("twilight" if is_ours else "stock", []).append(resident.peak_bytes() or 0)
 
     entrants = {"stock": lambda: read(models.STOCK_ATTENTION), "twilight": lambda: read(models.OUR_ATTENTION)}
+    for attention in (models.STOCK_ATTENTION, models.OUR_ATTENTION):  # a whole round to warm up would cost too much
+        read(attention, ids[:, :_WARMUP], replace(settings, min_prefill_len=_WARMUP // 2))
+    peaks.clear()
     with tables.progress("Reading", rounds) as bar:
         times = timing.interleave(
             entrants, rounds, warmup=0, before=resident.reset_peak, on_round=lambda: bar.advance(bar.task_ids[0])
