@@ -26,7 +26,7 @@ from .attention import use_attention
 from .bit_allocation import KEY_CLIPS, KEY_FORMS, VALUE_BITS, Option, allocate_bytes, scaled_drift
 from .channel_weights import heavy_channels
 from .config import TwilightConfig, as_config
-from .decode_drift import DecodeDrift
+from .decode_probe import DecodeProbe
 from .layer_drift import LayerDrift, refined_count
 from .layer_settings import LayerSettings
 from .samples import sample_ids
@@ -112,7 +112,7 @@ def calibrate(
     chosen, expected = _spend(report, base, ratio, heavy)
     settings = replace(chosen, calibrated_for=facts)
     with use_attention(model, "twilight"):
-        decode = DecodeDrift(model, ids[:1], settings)
+        decode = DecodeProbe(model, ids[:1], settings)
         shares = decode.kept_shares(settings.p)
         settings = replace(settings, dense_layers=tuple(i for i, share in shares.items() if share > _DIFFUSE))
         tried: dict[str, float] = {}

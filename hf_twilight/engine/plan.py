@@ -89,10 +89,6 @@ class StepPlan:
     preempted: list[ScheduledRequest] = field(default_factory=list)
     admitted: list[ScheduledRequest] = field(default_factory=list)
 
-    @property
-    def num_rows(self) -> int:
-        return sum(segment.end - segment.start for segment in self.segments)
-
 
 @dataclass
 class Counters:

@@ -189,6 +189,7 @@ def load_kernel(
     page_ids, codes, lows, steps, out, page_stride, head_stride, row_stride, stride, heads, rows,
     BITS: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """Dequantize ``ROWS`` packed rows of one head of a page."""
     page_head = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     slot = tl.load(page_ids + page_head // heads).to(tl.int64) * heads + page_head % heads

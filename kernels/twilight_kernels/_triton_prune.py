@@ -92,6 +92,7 @@ def find_limits(
 
 @triton.jit(do_not_specialize=["columns"])
 def mass_kernel(logits, stride, columns, tops, sums, SPLITS: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the largest logit of a split of a row, and the sum of exponentials below it."""
     row, split = tl.program_id(0), tl.program_id(1)
     first, last = segment(columns, split, SPLITS, LEAST)
     top = float("-inf")

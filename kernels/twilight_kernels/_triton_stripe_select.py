@@ -106,6 +106,37 @@ def choose_kernel(
 
 
 @triton.jit
+def _weigh_listed(
+    query, keys, lse, listed, lines, tile, whole, chunk, at, start, first, end, lead, q_row, q_head, k_row,
+    length, factor,
+    Q_PER_KV: tl.constexpr, DIM: tl.constexpr, STRIP: tl.constexpr, SAMPLES: tl.constexpr, SLOTS: tl.constexpr,
+    HEADS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Weigh the listed keys from ``at`` on.
+
+    Returns keys ``[S]``, which of them are there, their weights ``[HEADS, SLOTS, S]``, and those of a row, its heads
+    together, ``[SLOTS, S]``.
+    """
+    entry = at + tl.arange(0, BLOCK_S)
+    is_listed = entry < length
+    key = tl.load(listed + entry, mask=is_listed, other=0)
+    found = load_rows(keys, key, is_listed, k_row, DIM, BLOCK_D)
+    weights = tl.where(is_listed[None, :], weigh(tile, found, whole, factor, PRECISION), 0.0)
+    weights = tl.reshape(weights, (HEADS, SLOTS, BLOCK_S))
+    own = tl.sum(weights, 0)
+    if CHUNKS > 1:
+        for other in range(CHUNKS):
+            if other != chunk:
+                more, _, _ = load_sampled(
+                    query, other, start, first, end, lead, q_row, q_head, Q_PER_KV, DIM, STRIP, SAMPLES, SLOTS,
+                    HEADS, BLOCK_D,
+                )  # fmt: skip
+                rest = weigh(more, found, tl.load(lse + lines + other * HEADS * SLOTS), factor, PRECISION)
+                own += tl.sum(tl.reshape(rest, (HEADS, SLOTS, BLOCK_S)), 0)
+    return key, is_listed, weights, own
+
+
+@triton.jit
 def _keep(
     query, keys, lse, listed, place, chunk, start, first, end, lead, q_row, q_head, k_row, length, bar, factor, count,
     Q_PER_KV: tl.constexpr, DIM: tl.constexpr, STRIP: tl.constexpr, SAMPLES: tl.constexpr, SLOTS: tl.constexpr,
@@ -119,21 +150,10 @@ def _keep(
     whole = tl.load(lse + lines + chunk * HEADS * SLOTS)
     kept = tl.zeros((HEADS * SLOTS,), tl.float32)
     for at in range(0, length, BLOCK_S):
-        entry = at + tl.arange(0, BLOCK_S)
-        key = tl.load(listed + entry, mask=entry < length, other=0)
-        found = load_rows(keys, key, entry < length, k_row, DIM, BLOCK_D)
-        weights = tl.where((entry < length)[None, :], weigh(tile, found, whole, factor, PRECISION), 0.0)
-        weights = tl.reshape(weights, (HEADS, SLOTS, BLOCK_S))
-        own = tl.sum(weights, 0)
-        if CHUNKS > 1:
-            for other in range(CHUNKS):
-                if other != chunk:
-                    more, _, _ = load_sampled(
-                        query, other, start, first, end, lead, q_row, q_head, Q_PER_KV, DIM, STRIP, SAMPLES, SLOTS,
-                        HEADS, BLOCK_D,
-                    )  # fmt: skip
-                    rest = weigh(more, found, tl.load(lse + lines + other * HEADS * SLOTS), factor, PRECISION)
-                    own += tl.sum(tl.reshape(rest, (HEADS, SLOTS, BLOCK_S)), 0)
+        _key, _is_listed, weights, own = _weigh_listed(
+            query, keys, lse, listed, lines, tile, whole, chunk, at, start, first, end, lead, q_row, q_head, k_row,
+            length, factor, Q_PER_KV, DIM, STRIP, SAMPLES, SLOTS, HEADS, CHUNKS, BLOCK_D, BLOCK_S, PRECISION,
+        )  # fmt: skip
         others = tl.sum(own, 0)[None, :] - tl.where(count > 1, own, 0.0)  # a lone row has no others
         weights = tl.where((others >= bar)[None, :, :], weights, 0.0)
         kept += tl.reshape(tl.sum(weights, 2), (HEADS * SLOTS,))
@@ -154,22 +174,11 @@ def _retrievals(
     whole = tl.load(lse + lines + chunk * HEADS * SLOTS)
     best = tl.zeros((HEADS, SLOTS), tl.float32)
     for at in range(0, length, BLOCK_S):
-        entry = at + tl.arange(0, BLOCK_S)
-        key = tl.load(listed + entry, mask=entry < length, other=0)
-        found = load_rows(keys, key, entry < length, k_row, DIM, BLOCK_D)
-        weights = tl.where((entry < length)[None, :], weigh(tile, found, whole, factor, PRECISION), 0.0)
-        weights = tl.reshape(weights, (HEADS, SLOTS, BLOCK_S))
-        own = tl.sum(weights, 0)
-        if CHUNKS > 1:
-            for other in range(CHUNKS):
-                if other != chunk:
-                    more, _, _ = load_sampled(
-                        query, other, start, first, end, lead, q_row, q_head, Q_PER_KV, DIM, STRIP, SAMPLES, SLOTS,
-                        HEADS, BLOCK_D,
-                    )  # fmt: skip
-                    rest = weigh(more, found, tl.load(lse + lines + other * HEADS * SLOTS), factor, PRECISION)
-                    own += tl.sum(tl.reshape(rest, (HEADS, SLOTS, BLOCK_S)), 0)
-        mass = tl.load(column + key, mask=entry < length, other=float("inf"))
+        key, is_listed, weights, own = _weigh_listed(
+            query, keys, lse, listed, lines, tile, whole, chunk, at, start, first, end, lead, q_row, q_head, k_row,
+            length, factor, Q_PER_KV, DIM, STRIP, SAMPLES, SLOTS, HEADS, CHUNKS, BLOCK_D, BLOCK_S, PRECISION,
+        )  # fmt: skip
+        mass = tl.load(column + key, mask=is_listed, other=float("inf"))
         best = tl.maximum(best, tl.max(tl.where((own > 0.5 * mass[None, :])[None, :, :], weights, 0.0), 2))
     return tl.sum(tl.sum((best >= _RETRIEVED).to(tl.int32), 1), 0)
 

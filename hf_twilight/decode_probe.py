@@ -17,7 +17,7 @@ STEPS = 48
 SHARES = (0.8, 0.85, 0.9, 0.95, 0.98, 0.99)
 
 
-class DecodeDrift:
+class DecodeProbe:
     """Decodes the end of a text over a cache that holds its beginning.
 
     Args:
