@@ -53,6 +53,9 @@ class TwilightLayer(CacheLayerMixin):
         super().__init__()  # type: ignore[no-untyped-call]
         self.layer_idx, self.settings, self.model_config = layer_idx, settings, model_config
         self.sequences = sequences
+        # asked for here, all layers in a row: in the middle of a forward, each would run on cold caches
+        self._policy, self._codecs = settings.policy(layer_idx), settings.codecs(layer_idx)
+        self._refined = settings.refined(layer_idx)
         self.store: LayerStore | None = None
         self.prefill = SparsePrefill(settings, layer_idx)
         self.tokens = 0  # logical tokens, those of an unclaimed update included
@@ -69,18 +72,16 @@ class TwilightLayer(CacheLayerMixin):
             key_states.shape[-1],
             value_states.shape[-1],
         )
-        policy, tables = self.settings.policy(self.layer_idx), self.settings.skvq_tables
+        tables = self.settings.skvq_tables
         if tables is None:
-            wanted = self.settings.codecs(self.layer_idx)
-            codecs = wanted[0].for_heads(self.key_dim), wanted[1].for_heads(self.value_dim)
-            if codecs != wanted:
+            codecs = self._codecs[0].for_heads(self.key_dim), self._codecs[1].for_heads(self.value_dim)
+            if codecs != self._codecs:
                 logger.info("layer %d keeps raw pages: head_dim %d does not pack", self.layer_idx, self.key_dim)
-            refined = self.settings.refined(self.layer_idx)
-            refined.check(self.num_heads, self.key_dim)
-            self.store = LayerStore(self.sequences, *codecs, policy, refined)
+            self._refined.check(self.num_heads, self.key_dim)
+            self.store = LayerStore(self.sequences, *codecs, self._policy, self._refined)
         else:
             by_skvq = read_tables(tables, self.layer_idx, self.settings.page_size)
-            self.store = LayerStore(self.sequences, *by_skvq, policy)
+            self.store = LayerStore(self.sequences, *by_skvq, self._policy)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -236,7 +237,10 @@ class TwilightLayer(CacheLayerMixin):
             self._check_range("values", values, self.store.value_codec.is_raw)
 
     def _check_range(self, name: str, tensor: Tensor, is_raw: bool) -> None:
-        largest = 0.0 if is_raw else tensor.detach().abs().max().item()
+        if is_raw:
+            return
+        low, high = torch.aminmax(tensor.detach())  # NaN if any number is
+        largest = max(high.item(), -low.item())
         if not largest <= _LARGEST:
             raise ValueError(
                 f"{name} must be finite and at most {_LARGEST:g} to be packed, got {largest} in layer "

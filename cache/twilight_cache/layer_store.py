@@ -320,7 +320,7 @@ class LayerStore:
     def _prepare(self, step: Step, keys: Tensor, values: Tensor) -> PlainTokens:
         """Make room for the step."""
         # a long step goes from its input to pages; only what stays plain needs room
-        needed = step.most_plain if step.count == 1 else int(self.sequences.plain.max())
+        needed = step.most_plain if step.count == 1 else step.most_kept
         if self.plain is None or needed > self.plain.capacity:
             self._make_room(needed, keys, values)
         assert self.plain is not None
@@ -335,8 +335,9 @@ class LayerStore:
             room = max(needed, layout.num_sinks + layout.window + layout.page_size)
             rows, heads, _, key_dim = keys.shape
             self.plain = PlainTokens.empty(rows, heads, key_dim, values.shape[-1], room, keys.dtype, keys.device)
-            self.keys = empty_keys(self.key_codec, heads, key_dim, keys.dtype, keys.device)
-            self.values = empty_values(self.value_codec, heads, values.shape[-1], keys.dtype, keys.device)
+            pages = self.sequences.pool.capacity
+            self.keys = empty_keys(pages, self.key_codec, heads, key_dim, keys.dtype, keys.device)
+            self.values = empty_values(pages, self.value_codec, heads, values.shape[-1], keys.dtype, keys.device)
         else:
             rows, heads, key_dim, _ = plain.keys.shape
             room = needed + needed // 8

@@ -27,21 +27,21 @@ Pages = TypeVar("Pages", KeyPages | SkvqPages, ValuePages | SkvqPages)
 
 
 def empty_keys(
-    codec: KeyCodec | SkvqCodec, heads: int, dim: int, dtype: torch.dtype, device: torch.device
+    count: int, codec: KeyCodec | SkvqCodec, heads: int, dim: int, dtype: torch.dtype, device: torch.device
 ) -> KeyPages | SkvqPages:
-    """Return pages of keys that hold none."""
+    """Allocate ``count`` pages of keys, of unspecified content."""
     if isinstance(codec, SkvqCodec):
-        return SkvqPages.empty(0, codec)
-    return KeyPages.empty(0, heads, dim, codec, dtype, device)
+        return SkvqPages.empty(count, codec)
+    return KeyPages.empty(count, heads, dim, codec, dtype, device)
 
 
 def empty_values(
-    codec: ValueCodec | SkvqCodec, heads: int, dim: int, dtype: torch.dtype, device: torch.device
+    count: int, codec: ValueCodec | SkvqCodec, heads: int, dim: int, dtype: torch.dtype, device: torch.device
 ) -> ValuePages | SkvqPages:
-    """Return pages of values that hold none."""
+    """Allocate ``count`` pages of values, of unspecified content."""
     if isinstance(codec, SkvqCodec):
-        return SkvqPages.empty(0, codec)
-    return ValuePages.empty(0, heads, dim, codec, dtype, device)
+        return SkvqPages.empty(count, codec)
+    return ValuePages.empty(count, heads, dim, codec, dtype, device)
 
 
 def store_pages(pages: KeyPages | ValuePages | SkvqPages, page_ids: Tensor, x: Tensor) -> None:

@@ -65,6 +65,7 @@ class Step:
         first_new: ``[B]`` first column of the step that is a real token.
         pages, plain: ``[B]`` pages and plain tokens of each row before the step.
         most_pages, most_plain: largest of ``num_pages`` and ``plain_len``, as numbers.
+        most_kept: plain tokens of the longest row after ``flushes``.
         flushes: pages to pack once the tokens are in.
         num_pages, plain_len, block_table: int32 tensors for decode kernels, the step's token included.
     """
@@ -76,6 +77,7 @@ class Step:
     plain: NDArray[np.int64]
     most_pages: int
     most_plain: int
+    most_kept: int
     flushes: list[Flush]
     num_pages: Tensor
     plain_len: Tensor
@@ -194,6 +196,7 @@ class SequenceBatch:
             plain=plain,
             most_pages=int(pages.max()),
             most_plain=int(plain_len.max()),
+            most_kept=int(self.plain.max()),
             flushes=flushes,
             num_pages=torch.from_numpy(pages.astype(np.int32)),
             plain_len=torch.from_numpy(plain_len.astype(np.int32)),

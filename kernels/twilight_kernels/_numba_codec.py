@@ -7,6 +7,8 @@ code (no reassociation, no fused multiply-add) still vectorizes.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -38,7 +40,7 @@ from ._numba_page_block import (
     X_TOKEN,
     X,
 )
-from ._numba_pool import BLOCK_SIZE, run
+from ._numba_pool import BLOCK_SIZE, run, scratch
 from ._numba_value_pages import value_worker
 from ._reference_codec import not_finite
 from .layout import KeyPages, ValuePages
@@ -49,8 +51,7 @@ def store_key_pages(pages: KeyPages, page_ids: Tensor, keys: Tensor) -> None:
     keys, slots = last_contiguous(keys), _slots(page_ids)
     block = _block(pages, slots, keys)
     block.view(np.float64)[CLIP] = pages.codec.clip
-    scales = torch.empty(2, len(slots), *pages.lo.shape[1:], dtype=torch.float16)
-    _store(key_worker(), block, "keys", scales)
+    _store(key_worker(), block, "keys", pages)
 
 
 def load_key_pages(pages: KeyPages, page_ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -68,8 +69,7 @@ def store_value_pages(pages: ValuePages, page_ids: Tensor, values: Tensor) -> No
     values, slots = last_contiguous(values), _slots(page_ids)
     block = _block(pages, slots, values)
     block[GROUP_SIZE], block[GROUPS] = pages.codec.group_size, pages.codec.groups(values.shape[-1])
-    scales = torch.empty(2, len(slots), *pages.lo.shape[1:], dtype=torch.float16)
-    _store(value_worker(), block, "values", scales)
+    _store(value_worker(), block, "values", pages)
 
 
 def load_value_pages(pages: ValuePages, page_ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -97,10 +97,12 @@ def _block(pages: KeyPages | ValuePages, slots: Tensor, x: Tensor) -> np.ndarray
     return block
 
 
-def _store(worker: int, block: np.ndarray, what: str, scales: Tensor) -> None:
+def _store(worker: int, block: np.ndarray, what: str, pages: KeyPages | ValuePages) -> None:
     """Work out the scales; if all numbers are finite, write them and the codes."""
     tasks = int(block[PAGES] * block[HEADS])
-    block[NEW_LO], block[NEW_STEP] = scales[0].data_ptr(), scales[1].data_ptr()
+    num_bytes = int(block[PAGES]) * 2 * math.prod(pages.lo.shape[1:])  # of float16 scales
+    block[NEW_LO] = scratch(2 * num_bytes)
+    block[NEW_STEP] = block[NEW_LO] + num_bytes
     block[ROUND] = MEASURE
     run(worker, block.ctypes.data, tasks)
     if block[IS_BAD]:
