@@ -22,6 +22,7 @@ from ._numba_ir import I8, Loop, int64, literals
 _PERMISSION, _TILE_DATA = 0x1023, 18  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
 _ARCH_PRCTL = 158
 _ROW_BYTES = 64
+_LINE_BYTES = 256  # 64 float32, or as many pairs of bfloat16
 _CONFIG = np.zeros(64, np.uint8)  # palette 1, eight tiles of 16 rows x 64 bytes
 _CONFIG[0] = 1
 _CONFIG[16:32].view(np.uint16)[:] = _ROW_BYTES
@@ -62,42 +63,48 @@ def tiles_off(typingctx):
 
 
 @intrinsic
-def tile_product(typingctx, is_added, a, a_stride, rows, pairs, b, c):
+def tile_product(typingctx, parts, is_added, a, a_stride, rows, pairs, b, c):
     """Set ``c[m, r] = sum_n a[m, n] * b[n, r]`` (or add it) for 64 r, with bfloat16 a, b and float32 c.
 
-    Literal: ``is_added`` (0 or 1). ``rows`` is a multiple of 32, and so is ``2 * pairs``, the length of the sum.
-    Addresses: ``a``, ``a_stride`` bytes from row to row; ``b [pairs, 64, 2]``, neighbours of n side by side;
-    ``c [rows, 64]``.
+    Literals: ``parts``, 1, or 2 if a and b are sums of a high and a low part, of whose products that of the low ones is
+    left out; ``is_added`` (0 or 1). ``rows`` is a multiple of 32, and so is ``2 * pairs``, the length of the sum.
+    Addresses: ``a [parts, rows, >= 2 * pairs]``, ``a_stride`` bytes from row to row; ``b [parts, pairs, 64, 2]``,
+    neighbours of n side by side; ``c [rows, 64]``.
     """
-    (added,) = literals(is_added)
-    signature = types.void(is_added, *(types.int64,) * 6)
+    parts_, added = literals(parts, is_added)
+    signature = types.void(parts, is_added, *(types.int64,) * 6)
 
     def codegen(context, builder, _signature, args):
-        a, a_stride, rows, pairs, b, c = args[1:]
-        stride, steps = int64(256), builder.lshr(pairs, int64(4))
+        a, a_stride, rows, pairs, b, c = args[2:]
+        stride, steps = int64(_LINE_BYTES), builder.lshr(pairs, int64(4))
+        a_low, b_low = builder.mul(rows, a_stride), builder.mul(pairs, stride)
         outer = Loop(builder, builder.lshr(rows, int64(5)), [])
         first = builder.mul(outer.index, int64(32))
         upper = builder.add(a, builder.mul(first, a_stride))
         lower = builder.add(upper, builder.mul(a_stride, int64(16)))
         for half in (0, 128):  # bytes of 32 rows r
             place = builder.add(builder.add(c, builder.mul(first, stride)), int64(half))
-            corners = [builder.add(place, int64(offset)) for offset in (0, 64, 16 * 256, 16 * 256 + 64)]
+            corners = [builder.add(place, int64(offset)) for offset in (0, 64, 16 * _LINE_BYTES, 16 * _LINE_BYTES + 64)]
             for tile, corner in enumerate(corners):
                 if added:
-                    _emit(builder, "tileloadd64", _tile(tile), _pointer(builder, corner), stride)
+                    _load_tile(builder, tile, corner, stride)
                 else:
                     _emit(builder, "tilezero", _tile(tile))
             loop = Loop(builder, steps, [])
             along = builder.mul(loop.index, int64(_ROW_BYTES))
-            down = builder.add(builder.add(b, builder.mul(loop.index, int64(16 * 256))), int64(half))
-            _emit(builder, "tileloadd64", _tile(4), _pointer(builder, builder.add(upper, along)), a_stride)
-            _emit(builder, "tileloadd64", _tile(6), _pointer(builder, down), stride)
-            _emit(builder, "tileloadd64", _tile(7), _pointer(builder, builder.add(down, int64(64))), stride)
-            _emit(builder, "tdpbf16ps", _tile(0), _tile(4), _tile(6))
-            _emit(builder, "tileloadd64", _tile(5), _pointer(builder, builder.add(lower, along)), a_stride)
-            _emit(builder, "tdpbf16ps", _tile(1), _tile(4), _tile(7))
-            _emit(builder, "tdpbf16ps", _tile(2), _tile(5), _tile(6))
-            _emit(builder, "tdpbf16ps", _tile(3), _tile(5), _tile(7))
+            down = builder.add(builder.add(b, builder.mul(loop.index, int64(16 * _LINE_BYTES))), int64(half))
+            ups, downs = (builder.add(upper, along), builder.add(lower, along)), (down, builder.add(down, int64(64)))
+            if parts_ == 2:  # high by low, high by high, low by high: each is loaded once
+                _load_pair(builder, 4, ups, a_stride)
+                _load_pair(builder, 6, [builder.add(place, b_low) for place in downs], stride)
+                _four_products(builder)
+                _load_pair(builder, 6, downs, stride)
+                _four_products(builder)
+                _load_pair(builder, 4, [builder.add(place, a_low) for place in ups], a_stride)
+            else:
+                _load_pair(builder, 4, ups, a_stride)
+                _load_pair(builder, 6, downs, stride)
+            _four_products(builder)
             loop.close([])
             for tile, corner in enumerate(corners):
                 _emit(builder, "tilestored64", _tile(tile), _pointer(builder, corner), stride)
@@ -105,6 +112,21 @@ def tile_product(typingctx, is_added, a, a_stride, rows, pairs, b, c):
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+def _load_pair(builder, tile: int, places, stride) -> None:
+    for number, place in enumerate(places):
+        _load_tile(builder, tile + number, place, stride)
+
+
+def _load_tile(builder, tile: int, place, stride) -> None:
+    _emit(builder, "tileloadd64", _tile(tile), _pointer(builder, place), stride)
+
+
+def _four_products(builder) -> None:
+    """Add tiles 4 and 5 by tiles 6 and 7 to tiles 0 to 3."""
+    for tile in range(4):
+        _emit(builder, "tdpbf16ps", _tile(tile), _tile(4 + tile // 2), _tile(6 + tile % 2))
 
 
 def _emit(builder, name: str, *args) -> None:

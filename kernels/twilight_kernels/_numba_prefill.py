@@ -24,6 +24,7 @@ from ._numba_stripe_block import (
     DIM,
     FLOOR,
     KEYS,
+    KEYS_LOW,
     KV_HEADS,
     MASK,
     OUT,
@@ -41,6 +42,7 @@ from ._numba_stripe_block import (
     TOTAL,
     VALUE_DIM,
     VALUES,
+    VALUES_LOW,
     WINDOW,
 )
 from ._numba_stripe_select import scratch, select_strip
@@ -70,12 +72,25 @@ def attend_stripes(
     mask, padding = mask.contiguous(), padding.contiguous()
     (batch, heads, rows, _), kv_heads = query.shape, keys.shape[1]
     out = query.new_zeros(batch, rows, heads, values.shape[-1]).transpose(1, 2)  # as models go on with it
+    kind, lows = RAW_KIND[query.dtype], (0, 0)
+    if kind != RAW_BF16 and has_tiles():
+        keys, values = _split(keys), _split(values)
+        lows = 2 * keys.stride(0), 2 * values.stride(0)
+        keys, values = keys[0], values[0]
     block = _block(query, keys, plan, scaling, padding, mask)
     block[VALUES : VALUES + 4] = values.data_ptr(), *values.stride()[:3]
-    block[VALUE_DIM] = values.shape[-1]
+    block[[VALUE_DIM, KEYS_LOW, VALUES_LOW]] = values.shape[-1], *lows
     block[OUT : OUT + 4] = out.data_ptr(), *out.stride()[:3]
-    run(_attend_worker(RAW_KIND[query.dtype], heads // kv_heads), block.ctypes.data, int(block[TASKS]))
+    run(_attend_worker(kind, heads // kv_heads), block.ctypes.data, int(block[TASKS]))
     return out
+
+
+def _split(x: Tensor) -> Tensor:
+    """Return ``[2, *x.shape]`` bfloat16, high and low parts, see ``_numba_stripe_amx``."""
+    parts = x.new_empty(2, *x.shape, dtype=torch.bfloat16)
+    parts[0] = x
+    torch.sub(x, parts[0], out=parts[1])
+    return parts
 
 
 def _block(query: Tensor, keys: Tensor, plan: StripePlan, scaling: float, padding: Tensor, mask: Tensor) -> np.ndarray:
@@ -122,7 +137,7 @@ def _select_worker(kind: int, q_per_kv: int, samples: int) -> int:
 
 @cache
 def _attend_worker(kind: int, q_per_kv: int) -> int:
-    source = SOURCE_HASH
+    source, parts = SOURCE_HASH, 1 if kind == RAW_BF16 else 2
 
     def worker(arg):
         block = carray(arg, (BLOCK_SIZE,))
@@ -137,10 +152,10 @@ def _attend_worker(kind: int, q_per_kv: int) -> int:
         ticket, tasks = address_of(arg), block[TASKS] * (source >= 0)
         task = fetch_add(ticket, 1)
         while task < tasks:
-            attend_strip_tiles(q_per_kv, block, tasks - 1 - task)
+            attend_strip_tiles(kind, parts, q_per_kv, block, tasks - 1 - task)
             task = fetch_add(ticket, 1)
 
     name = f"attend_stripes, kind {kind}, q_per_kv {q_per_kv}"
-    if kind == RAW_BF16 and has_tiles():
+    if has_tiles():
         return compile_worker(tiles, f"{name}, matrix tiles")
     return compile_worker(worker, name)

@@ -19,6 +19,7 @@ MASK, STRIPS = 29, 30  # uint8 [tasks, ceil(TOTAL / 8)], strips of a head
 REPORT = 31  # float32 [tasks, 5]
 SCALING, ALPHA, FLOOR = 32, 33, 34  # float64
 TILES = 35  # configuration of matrix tiles, see _numba_amx
+KEYS_LOW, VALUES_LOW = 36, 37  # bytes from the high parts of numbers to their low parts, see _numba_stripe_amx
 
 
 @inlined

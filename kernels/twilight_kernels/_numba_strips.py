@@ -106,16 +106,18 @@ def hide_later(logits, positions, count, first_row):
 
 
 @intrinsic
-def softmax_tile(typingctx, is_paired, lanes, logits, out, count, scaling, top, total, shrink):
-    """Turn unscaled logits ``[count, 64]`` into weights ``out`` (which they may be) below a running largest one.
+def softmax_tile(typingctx, parts, lanes, logits, out, count, scaling, top, total, shrink):
+    """Turn unscaled logits ``[count, 64]`` into weights ``out`` below a running largest one.
 
-    Literals: ``is_paired``; if 1, ``count`` is even, and row ``i`` becomes the weights of keys ``2 i`` and ``2 i + 1``,
-    bfloat16 side by side; ``lanes`` (a multiple of 16), the first of the 64 that are touched.
+    Literals: ``parts``; 0 for float32 weights, which may replace the logits. If 1, ``count`` is even, and row ``i``
+    becomes the weights of keys ``2 i`` and ``2 i + 1``, bfloat16 side by side; if 2, what rounding left of them follows
+    behind the last. ``lanes`` (a multiple of 16), the first of the 64 that are touched.
     Addresses of float32 ``[64]``: ``top`` and ``total``, the running largest logit and sum of weights, are updated;
     ``shrink`` is what the sum shrank by. Returns whether anything shrank.
     """
-    paired, lanes_ = literals(is_paired, lanes)
-    signature = types.boolean(is_paired, lanes, *(types.int64,) * 3, types.float32, *(types.int64,) * 3)
+    parts_, lanes_ = literals(parts, lanes)
+    paired, degree = parts_ > 0, 3 if parts_ == 1 else 5
+    signature = types.boolean(parts, lanes, *(types.int64,) * 3, types.float32, *(types.int64,) * 3)
 
     def codegen(context, builder, _signature, args):
         logits, out, count, scaling, top, total, shrink = args[2:]
@@ -139,16 +141,19 @@ def softmax_tile(typingctx, is_paired, lanes, logits, out, count, scaling, top, 
         loop = Loop(builder, builder.lshr(count, int64(1)) if paired else count, sums)
         source = element(builder, logits, loop.index, 4 * BLOCK * deep)
         target, sums = element(builder, out, loop.index, 4 * BLOCK), []
+        low = builder.mul(count, int64(2 * BLOCK))  # bytes from the high parts to the low ones
         for at, largest, summed in zip(lanes, tops, loop.values):
             found = []
             for n in range(deep):
                 place = builder.add(builder.add(source, at), int64(4 * BLOCK * n))
                 # not reassociated: logits are large, their differences are not
                 below = builder.fsub(load(builder, place, vector, 4), largest)
-                found.append(_exp2(builder, builder.fmul(below, factor), 3 if paired else 5))
+                found.append(_exp2(builder, builder.fmul(below, factor), degree))
                 summed = builder.fadd(summed, found[-1], flags=_FAST)
-            weight = _side_by_side(builder, *found) if paired else found[0]
-            store(builder, weight, builder.add(target, at))
+            place, weight = builder.add(target, at), _side_by_side(builder, *found) if paired else found[0]
+            store(builder, weight, place)
+            if parts_ == 2:
+                store(builder, _side_by_side(builder, *_rests(builder, weight, *found)), builder.add(place, low))
             sums.append(summed)
         loop.close(sums)
         for at, summed in zip(lanes, loop.values):
@@ -182,8 +187,16 @@ def _exp2(builder, x, degree: int):
     return builder.bitcast(builder.add(builder.bitcast(y, bits), octave), x.type)
 
 
+def _rests(builder, paired, even, odd):
+    """What rounding to the bfloat16 numbers in the halves of one vector left of two."""
+    bits = builder.bitcast(paired, ir.VectorType(I32, LANES))
+    low = builder.bitcast(builder.shl(bits, constant(16, LANES, I32)), even.type)
+    high = builder.bitcast(builder.and_(bits, constant(-65536, LANES, I32)), even.type)
+    return builder.fsub(even, low), builder.fsub(odd, high)
+
+
 def _side_by_side(builder, even, odd):
-    """Two vectors of positive numbers, rounded to bfloat16, in the halves of one."""
+    """Two vectors of numbers, rounded to bfloat16, in the halves of one."""
     bits = ir.VectorType(I32, LANES)
     half = constant(0x8000, LANES, I32)
     low = builder.lshr(builder.add(builder.bitcast(even, bits), half), constant(16, LANES, I32))
