@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -70,23 +72,30 @@ def test_answers_are_those_of_generate(preset: str, model: Any, tokenizer: Any, 
 
 
 def test_soak_leaks_no_page_and_answers_right(model: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
-    """60 requests, a fifth of them cancelled, over a cache that holds a few of them."""
-    draw = random.Random(0)
+    """60 requests a wave, a fifth of them cancelled, over a cache that holds a few of them.
+
+    ``HF_TWILIGHT_SOAK=34`` makes it 34 waves, 2,040 requests, some minutes.
+    """
+    draw, waves = random.Random(0), int(os.environ.get("HF_TWILIGHT_SOAK", "1"))
     texts = [[*prompt[: 30 + 20 * size], 40 + index] for index, prompt in enumerate(prompts) for size in range(3)]
     params = [SamplingParams(max_tokens=2 + index % 5, ignore_eos=True) for index in range(len(texts))]
     with Engine(model, tokenizer, max_running=1) as engine:
         wanted = [one.token_ids for one in engine.generate(texts, params, progress=False)]
+    resident = []
     with Engine(model, tokenizer, max_running=6, max_cache_tokens=64 * 4, prefill_tokens=96) as engine:
-        picked = [draw.randrange(len(texts)) for _ in range(60)]
-        handles = [engine.submit(texts[index], params[index]) for index in picked]
-        dropped = set(draw.sample(range(60), 12))
-        for at in dropped:
-            handles[at].cancel()
-        for at, (index, handle) in enumerate(zip(picked, handles, strict=True)):
-            found = handle.result().token_ids
-            assert found == (wanted[index][: len(found)] if at in dropped else wanted[index])
-        stats = engine.stats()
-        assert (stats.running, stats.waiting) == (0, 0) and stats.pages_idle == stats.pages_used
+        for _ in range(waves):
+            picked = [draw.randrange(len(texts)) for _ in range(60)]
+            handles = [engine.submit(texts[index], params[index]) for index in picked]
+            dropped = set(draw.sample(range(60), 12))
+            for at in dropped:
+                handles[at].cancel()
+            for at, (index, handle) in enumerate(zip(picked, handles, strict=True)):
+                found = handle.result().token_ids
+                assert found == (wanted[index][: len(found)] if at in dropped else wanted[index])
+            stats = engine.stats()
+            assert (stats.running, stats.waiting) == (0, 0) and stats.pages_idle == stats.pages_used
+            resident.append(psutil.Process().memory_info().rss)
+    assert resident[-1] < resident[len(resident) // 4] + (16 << 20)
 
 
 @pytest.mark.parametrize("preset", ["exact", "balanced"])
