@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,46 +52,54 @@ def with_figures(text: str, folder: Path) -> str:
 
 
 def render(folder: Path) -> str:
-    """Return the tables as Markdown."""
-    parts = [_generate(_read(path)) for path in sorted(folder.glob("bench-generate*.json"))]
-    parts += [_prefill(_read(path)) for path in sorted(folder.glob("bench-prefill*.json"))]
-    parts += [_decode(_read(path)) for path in sorted(folder.glob("bench-decode*.json"))]
-    return "\n\n".join(parts)
+    """Return the tables as Markdown; runs that differ only in what was run share one."""
+    tables: dict[str, list[tuple[Any, str]]] = {}
+    for command, rows_of in (("generate", _generate), ("prefill", _prefill), ("decode", _decode)):
+        for path in sorted(folder.glob(f"bench-{command}*.json")):
+            result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            head, rows = rows_of(result)
+            tables.setdefault(head, []).extend(rows)
+    return "\n\n".join(
+        "\n".join([head, *(row for _, row in sorted(rows, key=lambda r: r[0]))]) for head, rows in tables.items()
+    )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+Table = tuple[str, list[tuple[Any, str]]]  # what stands above the rows, and each row with its place
 
 
-def _generate(result: dict[str, Any]) -> str:
-    lines = [
+def _generate(result: dict[str, Any]) -> Table:
+    head = _head(
         f"Whole model, {result['model']}, one request, {_machine(result)}; all caches take turns token by token "
         "(`hf-twilight bench generate`):",
-        "",
-        "| dtype | tokens in the cache | cache | ms a token | faster | smaller than bf16 | same next token |",
-        "|---|---|---|---|---|---|---|",
-    ]
+        ("dtype", "tokens in the cache", "cache", "ms a token", "faster", "smaller than bf16", "same next token"),
+    )
+    rows = []
     for run in result["results"]:
-        for row in run["entrants"]:
-            time = row["ms_per_token"]
+        for place, row in enumerate(run["entrants"]):
             smaller = f"{row['bf16_bytes_over_kv_bytes']:.2f}x" if "kv_bytes" in row else ""
             same = f"{row['agreement']:.0%}" if "agreement" in row else ""
-            lines.append(
-                f"| {run['dtype']} | {run['context']:,} | {row['name']} | {time['median']:.1f} | "
-                f"{row['speedup']:.2f}x | {smaller} | {same} |"
-            )
-    return "\n".join(lines)
+            time, faster = f"{row['ms_per_token']['median']:.1f}", f"{row['speedup']:.2f}x"
+            cells = [run["dtype"], f"{run['context']:,}", row["name"], time, faster, smaller, same]
+            rows.append(((run["dtype"], run["context"], place), _row(cells)))
+    return head, rows
 
 
-def _prefill(result: dict[str, Any]) -> str:
-    lines = [
+def _prefill(result: dict[str, Any]) -> Table:
+    head = _head(
         f"Time to the first token, {result['model']}, {_machine(result)}; both caches take turns, and the attention of "
         "single layers on the model's own queries, keys and values (`hf-twilight bench prefill`):",
-        "",
-        "| dtype | tokens | stock, s | twilight, s | faster | pairs computed | layers alone: x sdpa | their error |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+        (
+            "dtype",
+            "tokens",
+            "stock, s",
+            "twilight, s",
+            "faster",
+            "pairs computed",
+            "layers alone: x sdpa",
+            "their error",
+        ),
+    )
+    rows = []
     for run in result["results"]:
         layers, times = run.get("layers", []), run.get("ttft_ms")
         whole = ["", "", "", ""]
@@ -98,31 +107,34 @@ def _prefill(result: dict[str, Any]) -> str:
             seconds = [f"{times[name]['median'] / 1e3:.2f}" for name in ("stock", "twilight")]
             whole = [*seconds, f"{run['ttft_speedup']:.2f}x", f"{run['density']:.0%}"]
         alone = [_range([row[name] for row in layers], digits) for name, digits in (("speedup", 1), ("error", 3))]
-        cells = [run["dtype"], f"{run['context']:,}", *whole, *alone]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(((run["dtype"], run["context"]), _row([run["dtype"], f"{run['context']:,}", *whole, *alone])))
+    return head, rows
 
 
-def _decode(result: dict[str, Any]) -> str:
+def _decode(result: dict[str, Any]) -> Table:
     shape = result["shape"]
-    lines = [
+    head = _head(
         f"One layer's decode attention, {shape['query_heads']} query heads, {shape['kv_heads']} KV heads, head dim "
         f"{shape['head_dim']}, batch 1, {_machine(result)} (`hf-twilight bench decode`):",
-        "",
-        "| tokens | attention | ms | x sdpa float32 | x float32 matmuls | tokens kept | exact mass |",
-        "|---|---|---|---|---|---|---|",
-    ]
+        ("tokens", "attention", "ms", "x sdpa float32", "x float32 matmuls", "tokens kept", "exact mass"),
+    )
+    rows = []
     for run in result["results"]:
-        for row in run["entrants"]:
+        for place, row in enumerate(run["entrants"]):
             check = row["check"]
-            kept = f"{check['kept']:,.0f}" if check else "all"
-            mass = f"{check['mass']:.1%}" if check else "100 %"
-            lines.append(
-                f"| {run['context']:,} | {row['name']} | {row['ms']['median']:.2f} | "
-                f"{row['speedup_over_sdpa_float32']:.1f} | {row['speedup_over_float32_matmuls']:.1f} | "
-                f"{kept} | {mass} |"
-            )
-    return "\n".join(lines)
+            kept, mass = (f"{check['kept']:,.0f}", f"{check['mass']:.1%}") if check else ("all", "100 %")
+            times = [f"{row[name]:.1f}" for name in ("speedup_over_sdpa_float32", "speedup_over_float32_matmuls")]
+            cells = [f"{run['context']:,}", row["name"], f"{row['ms']['median']:.2f}", *times, kept, mass]
+            rows.append(((run["context"], place), _row(cells)))
+    return head, rows
+
+
+def _head(title: str, columns: tuple[str, ...]) -> str:
+    return f"{title}\n\n{_row(columns)}\n|{'---|' * len(columns)}"
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _range(numbers: list[float], digits: int) -> str:
