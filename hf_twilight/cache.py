@@ -182,15 +182,13 @@ class TwilightCache(DynamicCache):
         """
         found = []
         for layer in self.twilight_layers:
-            store = layer.store
-            if store is None or store.stats is None or not store.num_decodes:
+            means = None if layer.store is None else layer.store.decodes.means()
+            if layer.store is None or means is None:
                 continue
-            mean = (store.stats.sum(0) / (store.num_decodes * store.stats.shape[0])).tolist()
-            scored, needed, kept, mass, candidates = ([row[i] for row in mean] for i in range(5))
             found.append({
-                "layer": layer.layer_idx, "steps": store.num_decodes, "candidates": candidates, "scored": scored,
-                "needed": needed, "kept": kept, "mass": mass, "coverage": store.mean_coverage(),
-                "bytes_read": store.bytes_read(scored, kept),
+                "layer": layer.layer_idx, "steps": layer.store.decodes.steps, **means,
+                "coverage": layer.store.decodes.mean_coverage(),
+                "bytes_read": layer.store.bytes_read(means["scored"], means["kept"]),
             })  # fmt: skip
         return found
 

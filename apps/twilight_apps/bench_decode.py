@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_twilight import TwilightConfig
-from twilight_cache import DecodePolicy, Full, LayerStore, PagePool, Quest, SequenceBatch, Step
+from twilight_cache import DecodePolicy, DecodeStats, Full, LayerStore, PagePool, Quest, SequenceBatch, Step
 
 from . import tables, timing
 from .decode_check import Check, check_decode
@@ -79,7 +79,7 @@ def _at_context(inputs: AttentionInputs, presets: dict[str, TwilightConfig], rou
         store, step = _packed(inputs, settings)
         for label, policy in _policies(settings).items():
             entrant = copy.copy(store)  # the same tensors, another policy
-            entrant.policy, entrant.stats = policy, None
+            entrant.policy, entrant.decodes = policy, DecodeStats()
             stores[f"{name}, {label}"] = entrant, step
     with tables.progress("Checking against the definition", len(stores)) as bar:
         checks: dict[str, Check] = {}

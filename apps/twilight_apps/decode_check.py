@@ -45,12 +45,12 @@ def check_decode(name: str, store: LayerStore, step: Step, inputs: AttentionInpu
         ArithmeticError: the output is further from the definition than rounding explains; it must not be
         timed.
     """
-    store.stats = None
+    store.decodes.clear()
     out = store.attend(inputs.query, inputs.scaling, step, inputs.keys[:, :, -1], inputs.values[:, :, -1])
-    assert store.stats is not None
+    assert store.decodes.sums is not None
     assert store.keys is not None
     assert store.plain is not None
-    scored, needed, kept, _, _ = store.stats[0].T.tolist()
+    scored, needed, kept, _, _ = store.decodes.sums[0].T.tolist()
     policy = store.policy
     selection = store.select(inputs.query, inputs.scaling, step)
     candidates = None if selection is None else selection.pages

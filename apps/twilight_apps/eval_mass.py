@@ -133,12 +133,12 @@ def weigh(cache: TwilightCache, layer_idx: int, record: Record, steps: int) -> A
         logits = (shared @ query[..., None])[0, :, :, 0] * record.scaling
         inputs = AttentionInputs(query.contiguous(), seen, values[:, :, :end], logits, record.scaling)
         step = sequences.begin(end - 1, 1, 1, [0])
-        store.stats = None
+        store.decodes.clear()
         store.attend(inputs.query, record.scaling, step, seen[:, :, -1], inputs.values[:, :, -1])
-        assert store.stats is not None
-        _, _, kept_tokens, claim, _ = store.stats[0].T
+        assert store.decodes.sums is not None
+        _, _, kept_tokens, claim, _ = store.decodes.sums[0].T
         masses.append(decode_check.attended_mass(store, step, inputs))
-        coverage = store.mean_coverage()
+        coverage = store.decodes.mean_coverage()
         claimed.append(claim * (torch.nan if coverage is None else torch.tensor(coverage, dtype=claim.dtype)))
         kept.append(kept_tokens)
         store.flush(step.flushes)

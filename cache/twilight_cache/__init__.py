@@ -1,7 +1,9 @@
 """Memory of packed key-value pages: pools, block tables, layer stores, selectors. Knows no Transformers."""
 
 from .accounting import LayerBytes
-from .layer_store import DecodePolicy, LayerStore
+from .decode_policy import DecodePolicy
+from .decode_stats import DecodeStats
+from .layer_store import LayerStore
 from .paged_store import PagedStore, RowTables
 from .pool import PagePool
 from .prefix_tree import PrefixTree
@@ -30,6 +32,7 @@ __all__ = [
     "Budget",
     "Crop",
     "DecodePolicy",
+    "DecodeStats",
     "DoubleSparse",
     "Flush",
     "Full",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,27 +19,12 @@ from twilight_kernels import (
 from twilight_kernels.skvq import SkvqCodec, SkvqPages
 
 from .accounting import LayerBytes
+from .decode_policy import DecodePolicy
+from .decode_stats import DecodeStats
 from .page_codecs import changed, empty_keys, empty_values, load_pages, store_pages, token_bytes
 from .refined_channels import RefinedChannels
-from .selectors import NUM_QUERIES, Full, LayerView, Observer, Selection, Selector, SelectorState
+from .selectors import NUM_QUERIES, LayerView, Observer, Selection, SelectorState
 from .sequences import Crop, Flush, SequenceBatch, Step
-
-
-@dataclass(frozen=True)
-class DecodePolicy:
-    """How a decode step attends.
-
-    Args:
-        p: share of the attention mass that each query head keeps, in ``(0, 1]``.
-        min_keep: packed tokens each head keeps at least.
-        min_sparse_len: packed tokens below which a row attends to all of them.
-        selector: which packed tokens may be attended.
-    """
-
-    p: float = 1.0
-    min_keep: int = 0
-    min_sparse_len: int = 0
-    selector: Selector = field(default_factory=Full)
 
 
 class LayerStore:
@@ -69,10 +53,7 @@ class LayerStore:
         self.values: ValuePages | SkvqPages | None = None
         self.plain: PlainTokens | None = None
         self.tokens = 0  # logical tokens that this layer took; others may be a step ahead
-        self.stats: Tensor | None = None  # [B, H, 5] float64, see decode_attention
-        self.coverage: Tensor | None = None  # [B, H] float64, added to by selections; NaN where unknown
-        self.num_whole = 0  # decode steps at which every packed token was a candidate
-        self.num_decodes = 0
+        self.decodes = DecodeStats()
         self.selector_state = SelectorState()
 
     @property
@@ -120,16 +101,9 @@ class LayerStore:
         self, query: Tensor, scaling: float, step: Step, new_key: Tensor | None, new_value: Tensor | None
     ) -> Tensor:
         assert isinstance(self.keys, KeyPages) and isinstance(self.values, ValuePages) and self.plain is not None
-        if self.stats is None or self.stats.shape[:2] != query.shape[:2]:
-            self.stats = torch.zeros(*query.shape[:2], 5, dtype=torch.float64, device=query.device)
-            self.coverage, self.num_decodes, self.num_whole = torch.zeros_like(self.stats[..., 0]), 0, 0
         block_table, num_pages, plain_len = _tables(step, query.device)
         policy, selection = self.policy, self.select(query, scaling, step)
-        self.num_decodes += 1
-        if selection is None:
-            self.num_whole += 1
-        else:
-            self._add_coverage(selection, num_pages)
+        min_pages = -(-policy.min_sparse_len // self.key_codec.page_size)
         return decode_attention(
             self.refined.widen_query(query),
             self.keys,
@@ -146,7 +120,7 @@ class LayerStore:
             min_sparse_len=policy.min_sparse_len,
             candidates=None if selection is None else selection.pages,
             candidate_tokens=None if selection is None else selection.tokens,
-            stats=self.stats,
+            stats=self.decodes.begin(query, selection, num_pages, min_pages),
         )
 
     def select(self, query: Tensor, scaling: float, step: Step) -> Selection | None:
@@ -169,14 +143,6 @@ class LayerStore:
         block_table, num_pages, plain_len = (torch.from_numpy(table.copy()).to(device) for table in tables)
         queries = self.refined.widen_query(queries[:, :, -last:].detach())
         selector.observe(queries, self._view(block_table, num_pages, plain_len, scaling))
-
-    def _add_coverage(self, selection: Selection, num_pages: Tensor) -> None:
-        """Count what share of the mass the candidates carry: all of it in rows where every token is one."""
-        assert self.coverage is not None
-        known = torch.nan if selection.coverage is None else selection.coverage
-        is_dense = num_pages * self.key_codec.page_size < self.policy.min_sparse_len
-        # never in place: a tensor of inference mode may not be written to outside of it
-        self.coverage = self.coverage + torch.where(is_dense[:, None], 1.0, known)
 
     def _view(self, block_table: Tensor, num_pages: Tensor, plain_len: Tensor, scaling: float) -> LayerView:
         assert isinstance(self.keys, KeyPages) and self.plain is not None
@@ -246,17 +212,14 @@ class LayerStore:
         index = rows.to(self.plain.keys.device)
         self.plain = PlainTokens(self.plain.keys.index_select(0, index), self.plain.values.index_select(0, index))
         self.selector_state.select_rows(index)
-        if self.stats is not None:
-            self.stats = self.stats.index_select(0, index)
-        if self.coverage is not None:
-            self.coverage = self.coverage.index_select(0, index)
+        self.decodes.select_rows(index)
 
     def clear(self) -> None:
         """Drop every tensor."""
-        self.keys = self.values = self.plain = self.stats = self.coverage = None
+        self.keys = self.values = self.plain = None
+        self.decodes.clear()
         self.selector_state = SelectorState()
         self.tokens = 0
-        self.num_decodes = self.num_whole = 0
 
     @torch.inference_mode(mode=False)
     def move(self, device: torch.device) -> None:
@@ -267,13 +230,6 @@ class LayerStore:
         self.values = changed(self.values, lambda t: t.to(device))
         self.plain = PlainTokens(self.plain.keys.to(device), self.plain.values.to(device))
         self.selector_state.move(device)
-
-    def mean_coverage(self) -> list[float] | None:
-        """Share of the attention mass that candidates, sinks and window carry, per query head; None if unknown."""
-        if self.coverage is None or not self.num_decodes or self.coverage.isnan().any():
-            return None
-        mean: list[float] = ((self.coverage.mean(0) + self.num_whole) / self.num_decodes).tolist()
-        return mean
 
     def bytes_read(self, scored: Sequence[float], kept: Sequence[float]) -> float:
         """Bytes of pages that a step of one row reads: keys of scored tokens, values of kept ones, once a KV head.

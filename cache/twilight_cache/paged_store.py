@@ -23,7 +23,7 @@ from twilight_kernels import (
     store_value_pages,
 )
 
-from .layer_store import DecodePolicy
+from .decode_policy import DecodePolicy
 from .refined_channels import RefinedChannels
 
 

@@ -248,11 +248,11 @@ def test_decode_attends_to_candidates_only(name: str, p: float) -> None:
     step = sequences.begin(total, 1, B)
     mask = _mask(store.select(query, SCALING, step))
     out = store.decode(step, query, new_key, new_value, SCALING)
-    assert store.stats is not None
-    assert torch.equal(store.stats[..., 4], mask.sum(-1).double().repeat_interleave(H // K, 1))
+    assert store.decodes.sums is not None
+    assert torch.equal(store.decodes.sums[..., 4], mask.sum(-1).double().repeat_interleave(H // K, 1))
     if p < 1.0:
-        assert bool((store.stats[..., 2] <= store.stats[..., 4]).all())
-        assert bool((store.stats[..., 3] >= p - 1e-5).all())
+        assert bool((store.decodes.sums[..., 2] <= store.decodes.sums[..., 4]).all())
+        assert bool((store.decodes.sums[..., 3] >= p - 1e-5).all())
         return
     for row in range(B):
         for head in range(K):

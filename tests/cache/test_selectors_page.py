@@ -24,6 +24,6 @@ def test_the_examples_run(monkeypatch: pytest.MonkeyPatch) -> None:
         exec(compile(block, str(PAGE), "exec"), scope)
     assert bool(torch.isfinite(scope["out"]).all())
     assert scope["candidates"].tolist() == [64.0] * 4
-    assert scope["store"].mean_coverage() is None, "it makes no estimate"
+    assert scope["store"].decodes.mean_coverage() is None, "it makes no estimate"
     written = blocks[1][blocks[1].index("@dataclass") :].strip().splitlines()
     assert len(written) <= 30, "the page says 30 lines"
