@@ -32,10 +32,10 @@ def serve(
     chat_template: Annotated[
         str | None, typer.Option(help="A Jinja file, or chatml-tools: teaches tools to models trained on ChatML.")
     ] = None,
-    max_running: Annotated[int, typer.Option(help="Requests of a batch.")] = 16,
-    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = 256,
-    max_cache_tokens: Annotated[int | None, typer.Option(help="Tokens that the pages hold in all.")] = None,
-    prefill_tokens: Annotated[int, typer.Option(help="Prompt tokens that a step reads at most.")] = 512,
+    max_running: Annotated[int, typer.Option(help="Requests of a batch.", min=1)] = 16,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429.", min=0)] = 256,
+    max_cache_tokens: Annotated[int | None, typer.Option(help="Tokens that the pages hold in all.", min=1)] = None,
+    prefill_tokens: Annotated[int, typer.Option(help="Prompt tokens that a step reads at most.", min=1)] = 512,
     max_prompt_tokens: Annotated[int | None, typer.Option(help="Longest prompt; default: the context.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; default: the context.")] = None,
     max_body_kb: Annotated[int, typer.Option(help="Largest request body, in kB of 1,024 bytes.", min=1)] = 1024,

@@ -70,7 +70,6 @@ def test_main_without_arguments_teaches(cli: Callable[..., Any]) -> None:
         (["serve", "--chat-template", "no-such-file"], "chatml-tools, got 'no-such-file'"),
         (["serve", "--host", "192.0.2.1"], "cannot listen on 192.0.2.1:8000"),
         (["serve", "--max-connections", "0"], "max_connections must be at least 1, got 0"),
-        (["serve", "--max-running", "0", "--port", "0"], "max_running must be"),
         (["serve", "--stall-s", "0"], "stall_s must be above 0"),
         (["bench", "decode", "--shape", "llama"], "shape must be llama3-8b, smollm2 or H,K,D"),
         (["bench", "decode", "--shape", "3,2,64"], "multiple of KV heads"),
@@ -89,6 +88,13 @@ def test_errors_are_one_line_and_status_2(
     assert expected in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("option", ["--max-running", "--prefill-tokens", "--max-cache-tokens"])
+def test_limits_are_looked_at_before_a_model_is_loaded(cli: Callable[..., Any], option: str) -> None:
+    result = cli("serve", option, "0", "--model", "no-such-model")
+    assert result.exit_code == 2
+    assert f"'{option}'" in result.stderr
 
 
 def test_dtype_must_be_known(cli: Callable[..., Any], tiny_model: str) -> None:
