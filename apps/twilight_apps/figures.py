@@ -3,8 +3,10 @@
     python -m twilight_apps.figures README.md docs/results
     python -m twilight_apps.figures docs/evaluation.md docs/results
     python -m twilight_apps.figures docs/serving.md docs/results
+    python -m twilight_apps.figures docs/decisions.md docs/results
 
-reads ``bench-*.json``, ``eval-*.json`` and ``bench-serve*.json`` in turn, and replaces what stands between the markers.
+reads ``bench-*.json``, ``eval-*.json``, ``bench-serve*.json`` and ``bench-aot.json`` in turn, and replaces what stands
+between the markers.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from . import eval_figures, serve_figures
 START, END = "<!-- figures -->", "<!-- end of figures -->"
 EVALUATION_START, EVALUATION_END = "<!-- evaluation -->", "<!-- end of evaluation -->"
 SERVING_START, SERVING_END = "<!-- serving -->", "<!-- end of serving -->"
+CODE_START, CODE_END = "<!-- machine code -->", "<!-- end of machine code -->"
 
 
 def main() -> None:
@@ -40,6 +43,7 @@ def with_figures(text: str, folder: Path) -> str:
         (START, END, render),
         (EVALUATION_START, EVALUATION_END, eval_figures.render),
         (SERVING_START, SERVING_END, serve_figures.render),
+        (CODE_START, CODE_END, render_machine_code),
     ]
     present = [section for section in sections if section[0] in text and section[1] in text]
     if not present:
@@ -62,6 +66,24 @@ def render(folder: Path) -> str:
     return "\n\n".join(
         "\n".join([head, *(row for _, row in sorted(rows, key=lambda r: r[0]))]) for head, rows in tables.items()
     )
+
+
+def render_machine_code(folder: Path) -> str:
+    """Return what each GPU kernel takes at most, as Markdown."""
+    result: dict[str, Any] = json.loads((folder / "bench-aot.json").read_text(encoding="utf-8"))
+    head = _head(
+        f"{result['configurations']} configurations for sm_80, sm_90 and sm_100, Triton "
+        f"{result['environment']['versions']['triton']} (`hf-twilight bench aot`); the most over all of them:",
+        ("kernel", "compiled", "registers a thread", "shared memory, bytes", "spilled, bytes"),
+    )
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in result["results"]:
+        found.setdefault(row["kernel"], []).append(row)
+    lines = [head]
+    for kernel, rows in sorted(found.items()):
+        most = [max(row[name] for row in rows) for name in ("registers", "shared_bytes", "spill_bytes")]
+        lines.append(_row([f"`{kernel}`", str(len(rows)), *(f"{number:,}" for number in most)]))
+    return "\n".join(lines)
 
 
 Table = tuple[str, list[tuple[Any, str]]]  # what stands above the rows, and each row with its place

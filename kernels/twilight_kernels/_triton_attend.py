@@ -1,4 +1,4 @@
-"""Attending on GPUs: plain tokens, dense rows, and kept tokens of pruned rows; each leaves parts of a softmax.
+"""Attending on GPUs: plain tokens, and packed tokens that are kept; each leaves parts of a softmax.
 
 A part is ``[BK, SLOTS, G, DV]`` sums of weighted values with their largest logit and mass ``[BK, SLOTS, G]``: slots
 ``0 .. PLAIN`` are runs of plain tokens, the others are splits of the packed ones. ``_triton_merge`` adds them up.
@@ -9,16 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._triton_tiles import (
-    add_weighed,
-    fold_page,
-    load_query,
-    load_values,
-    page_logits,
-    product,
-    segment,
-    soften,
-)
+from ._triton_tiles import load_query, product, segment, soften
+from ._triton_values import add_weighed, weigh_values
 
 RUN = 256  # plain tokens of one slot
 
@@ -96,114 +88,73 @@ def plain_kernel(
 
 
 @triton.jit(do_not_specialize=["min_sparse_len", "columns", "num_listed", "runs"])
-def dense_kernel(
-    query, row_stride, head_stride, key_codes, key_lo, key_step, value_codes, value_lo, value_step, table, columns,
-    num_pages, candidates, candidate_tokens, num_listed, parts, tops, sums, scaling, min_sparse_len, kv_heads, slots,
-    runs, PER_KV: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, VP: tl.constexpr,
-    PAGE: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr, NARROW: tl.constexpr,
-    PRUNES: tl.constexpr, HAS_PAGES: tl.constexpr, HAS_TOKENS: tl.constexpr, T: tl.constexpr, SPLITS: tl.constexpr,
-    LEAST: tl.constexpr,
+def kept_kernel(
+    logits, positions, limits, value_codes, value_lo, value_step, table, columns, num_pages, candidates, num_listed,
+    parts, tops, sums, kept, tokens, min_sparse_len, kv_heads, slots, runs, PER_KV: tl.constexpr, M: tl.constexpr,
+    DV: tl.constexpr, VP: tl.constexpr, PAGE: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr,
+    NARROW: tl.constexpr, FOLDS: tl.constexpr, PRUNES: tl.constexpr, HAS_PAGES: tl.constexpr, BLOCK: tl.constexpr,
+    T: tl.constexpr, LANES: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
-    """Score and attend in one pass; rows that are pruned are left to the others."""
+    """List what some query head of the KV head keeps of one split, if not all, then attend to it."""
     pair, split = tl.program_id(0), tl.program_id(1)
     row, kv_head = pair // kv_heads, pair % kv_heads
     sparse = is_pruned(num_pages, row, min_sparse_len, PAGE)
-    if PRUNES and sparse:
-        return
     count = tl.load(num_pages + row)
     if HAS_PAGES:
         count = tl.where(sparse, num_listed, count)
     first, last = segment(count, split, SPLITS, LEAST)
     if first >= last:
         return
-    q, q_unit = load_query(query, row_stride, head_stride, row, kv_head, scaling, PER_KV, M, D, DP, KEY_BITS == 16)
-    top = tl.full([M], float("-inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, VP], tl.float32)
-    tiles: tl.constexpr = PAGE // T
-    for step in range(first * tiles, last * tiles):
-        position = step // tiles
-        t = step % tiles * T + tl.arange(0, T)
-        page = position
-        exists = count > position
-        if HAS_PAGES:
-            spot = candidates + pair.to(tl.int64) * num_listed + position
-            page = tl.where(sparse, tl.load(spot, mask=sparse, other=0), position)
-            exists = page >= 0
-        slot = tl.load(table + row.to(tl.int64) * columns + page, mask=exists, other=0)
-        exists = exists & (slot >= 0)
-        page_head = slot.to(tl.int64) * kv_heads + kv_head
-        high, rest, unit, bias = fold_page(q, key_lo, key_step, page_head, exists, M, D, DP, KEY_BITS == 16)
-        logits = page_logits(key_codes, page_head, exists, t, high, rest, unit, bias, q_unit, D, DP, PAGE, KEY_BITS)
-        taken = t < tl.where(exists, PAGE, 0)
-        if HAS_TOKENS:
-            flag = candidate_tokens + (pair.to(tl.int64) * num_listed + position) * PAGE + t
-            taken = taken & (tl.load(flag, mask=taken & (t < tl.where(sparse, PAGE, 0)), other=1) != 0)
-        logits = tl.where(taken[None, :], logits, float("-inf"))
-        weights, top, total, acc = soften(logits, top, total, acc)
-        value = load_values(
-            value_codes, value_lo, value_step, page_head * PAGE + t, taken, DV, VP, VALUE_BITS, GROUP, NARROW
-        )
-        acc = add_weighed(weights, value, acc)
-    if VALUE_BITS != 16:
-        acc = acc * 2
-    store_part(parts, tops, sums, pair.to(tl.int64) * slots + runs + split, top, total, acc, M, PER_KV, DV, VP)
-
-
-@triton.jit(do_not_specialize=["min_sparse_len", "columns", "num_listed", "runs"])
-def kept_kernel(
-    logits, positions, limits, value_codes, value_lo, value_step, table, columns, num_pages, candidates, num_listed,
-    parts, tops, sums, kept, tokens, min_sparse_len, kv_heads, slots, runs, PER_KV: tl.constexpr, M: tl.constexpr,
-    DV: tl.constexpr, VP: tl.constexpr, PAGE: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr,
-    NARROW: tl.constexpr, HAS_PAGES: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr, SPLITS: tl.constexpr,
-    LEAST: tl.constexpr,
-):  # fmt: skip
-    """List what some query head of the KV head keeps of one split, then attend to it."""
-    pair, split = tl.program_id(0), tl.program_id(1)
-    row, kv_head = pair // kv_heads, pair % kv_heads
-    if not is_pruned(num_pages, row, min_sparse_len, PAGE):
-        return
-    count = tl.load(num_pages + row)
-    if HAS_PAGES:
-        count = num_listed
-    first, last = segment(count, split, SPLITS, LEAST)
-    if first >= last:
-        return
     g = tl.arange(0, M)
     real = g < PER_KV
-    limit = tl.load(limits + pair * PER_KV + g, mask=real, other=float("inf"))
     head_row = logits + (pair.to(tl.int64) * PER_KV + g) * tokens
     listed = positions + pair.to(tl.int64) * tokens + first * PAGE
-    found = 0
-    for start in range(first * PAGE, last * PAGE, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        inside = real[:, None] & (at < last * PAGE)[None, :]
-        x = tl.load(head_row[:, None] + at[None, :], mask=inside, other=float("-inf"))
-        needed = ((x >= limit[:, None]) & (x > float("-inf"))).to(tl.int32)
-        needed = tl.max(needed, 0)
-        tl.store(listed + found + tl.cumsum(needed, 0) - 1, at, mask=needed > 0)
-        found += tl.sum(needed, 0)
+    found = (last - first) * PAGE
+    if (PRUNES or HAS_PAGES) and sparse:
+        limit = tl.full([M], float("-inf"), tl.float32)
+        if PRUNES:
+            limit = tl.load(limits + pair * PER_KV + g, mask=real, other=float("inf"))
+        found = list_kept(head_row, listed, limit, real, first * PAGE, last * PAGE, BLOCK)
     tl.store(kept + pair * SPLITS + split, found)
-    tl.debug_barrier()  # the list is read by other threads than those that wrote it
-    top = tl.full([M], float("-inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, VP], tl.float32)
-    for start in range(0, found, T):
-        index = start + tl.arange(0, T)
+    top = tl.full([LANES, M], float("-inf"), tl.float32)
+    total = tl.zeros([LANES, M], tl.float32)
+    acc = tl.zeros([LANES, M, VP], tl.float32)
+    for start in range(0, found, LANES * T):
+        index = start + tl.arange(0, LANES)[:, None] * T + tl.arange(0, T)[None, :]
         exists = index < found
-        at = tl.load(listed + index, mask=exists, other=0)
+        at = first * PAGE + index
+        is_listed = index < tl.where(sparse, found, 0)
+        if PRUNES or HAS_PAGES:
+            at = tl.where(sparse, tl.load(listed + index, mask=is_listed, other=0), at)
         page = at // PAGE
         if HAS_PAGES:
-            page = tl.load(candidates + pair.to(tl.int64) * num_listed + page, mask=exists, other=0)
+            spot = candidates + pair.to(tl.int64) * num_listed + page
+            page = tl.where(sparse, tl.load(spot, mask=is_listed, other=0), page)
         slot = tl.load(table + row.to(tl.int64) * columns + page, mask=exists, other=0)
         token_head = (slot.to(tl.int64) * kv_heads + kv_head) * PAGE + at % PAGE
-        inside = real[:, None] & exists[None, :]
-        x = tl.load(head_row[:, None] + at[None, :], mask=inside, other=float("-inf"))
+        inside = real[None, :, None] & exists[:, None, :]
+        x = tl.load(head_row[None, :, None] + at[:, None, :], mask=inside, other=float("-inf"))
         weights, top, total, acc = soften(x, top, total, acc)
-        value = load_values(
-            value_codes, value_lo, value_step, token_head, exists, DV, VP, VALUE_BITS, GROUP, NARROW
+        acc += weigh_values(
+            weights, value_codes, value_lo, value_step, token_head, exists, M, DV, VP, VALUE_BITS, GROUP, NARROW,
+            FOLDS, T, LANES,
         )  # fmt: skip
-        acc = add_weighed(weights, value, acc)
-    if VALUE_BITS != 16:
-        acc = acc * 2
-    store_part(parts, tops, sums, pair.to(tl.int64) * slots + runs + split, top, total, acc, M, PER_KV, DV, VP)
+    best = tl.max(top, 0)
+    shrink = tl.exp(top - tl.where(best == float("-inf"), 0.0, best)[None, :])
+    total, acc = tl.sum(total * shrink, 0), tl.sum(acc * shrink[:, :, None], 0)
+    store_part(parts, tops, sums, pair.to(tl.int64) * slots + runs + split, best, total, acc, M, PER_KV, DV, VP)
+
+
+@triton.jit
+def list_kept(head_row, listed, limit, real, first, last, BLOCK: tl.constexpr):
+    """Write which tokens ``first .. last`` some head keeps, in order; return how many."""
+    found = 0
+    for start in range(first, last, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = real[:, None] & (at < last)[None, :]
+        x = tl.load(head_row[:, None] + at[None, :], mask=inside, other=float("-inf"))
+        needed = tl.max(((x >= limit[:, None]) & (x > float("-inf"))).to(tl.int32), 0)
+        tl.store(listed + found + tl.cumsum(needed, 0) - 1, at, mask=needed > 0)
+        found += tl.sum(needed, 0)
+    tl.debug_barrier()  # the list is read by other threads than those that wrote it
+    return found

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._reference_codec import not_finite
-from ._triton_tiles import power_of_two, unpack_codes
+from ._triton_tiles import REGISTERS, power_of_two, unpack_codes
 from .layout import KeyPages, ValuePages
 
 _NUMBERS = 2048  # numbers of a tile
@@ -70,13 +70,13 @@ def _store(
     with torch.cuda.device_of(x):
         range_kernel[grid](
             x, *x.stride(), lo, step, heads, rows, clip, LEVELS=codec.levels, IS_KEY=is_key, **shape,
-            num_warps=4, enable_fp_fusion=False,
+            num_warps=4, maxnreg=REGISTERS, enable_fp_fusion=False,
         )  # fmt: skip
         if not bool((torch.isfinite(lo) & torch.isfinite(step)).all()):
             raise not_finite(what)
         pack_kernel[grid](
             x, *x.stride(), lo, step, page_ids.contiguous(), pages.codes, pages.lo, pages.step, heads, rows,
-            BITS=codec.bits, **shape, num_warps=4, enable_fp_fusion=False,
+            BITS=codec.bits, **shape, num_warps=4, maxnreg=REGISTERS, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def _load(pages: KeyPages | ValuePages, page_ids: Tensor, out: Tensor, group: in
     with torch.cuda.device_of(out):
         load_kernel[(number * heads, triton.cdiv(rows, shape["ROWS"]))](
             page_ids.contiguous(), pages.codes, pages.lo, pages.step, out, *out.stride(), heads, rows,
-            BITS=pages.codec.bits, **shape, num_warps=4, enable_fp_fusion=False,
+            BITS=pages.codec.bits, **shape, num_warps=4, maxnreg=REGISTERS, enable_fp_fusion=False,
         )  # fmt: skip
 
 

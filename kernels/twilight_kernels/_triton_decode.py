@@ -10,7 +10,7 @@ block table. Launches of a step with ``p < 1``:
 4. ``kept_kernel`` lists the union over the query heads of a KV head, and attends to it;
 5. ``merge_kernel`` merges all parts by log-sum-exp and adds up the counters.
 
-Rows that are dense, and every row at ``p = 1``, take ``dense_kernel`` for 2 to 4. Nothing here waits for the device:
+Rows that are dense keep everything; at ``p = 1``, where all are, 3 is left out. Nothing here waits for the device:
 sizes come from shapes, what depends on data is bounded by ``num_pages`` on the device, so a step can be captured in a
 CUDA graph (the block table's width and the candidates' number are what it was captured for).
 """
@@ -23,7 +23,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ._triton_attend import RUN, dense_kernel, kept_kernel, plain_kernel
+from ._triton_attend import RUN, kept_kernel, plain_kernel
+from ._triton_keys import score_launch, score_shape
 from ._triton_logits import logits_kernel
 from ._triton_merge import LISTED_TILE, SLOT_TILE, merge_kernel
 from ._triton_prune import BLOCK, find_limits
@@ -36,6 +37,7 @@ from ._triton_tiles import (
     tile_tokens,
     warps_for,
 )
+from ._triton_values import value_launch, value_shape
 from .layout import KeyPages, PlainTokens, ValuePages
 
 
@@ -72,15 +74,10 @@ def decode_attention(
     listed = None if candidates is None else candidates.shape[2]
     with torch.cuda.device_of(query):
         parts = _attend_plain(query, plain, plain_len, scaling, new_key, new_value, plain_table, num_sinks)
-        given = (
+        counters = _attend_packed(
             query, key_pages, value_pages, block_table, num_pages, candidates, candidate_tokens, parts, scaling,
-            min_sparse_len,
+            min_sparse_len, p, min_keep,
         )  # fmt: skip
-        counters: tuple[Tensor, ...] = parts[1], parts[1], parts[1]
-        if p < 1.0:
-            counters = _attend_kept(*given, p, min_keep)
-        if p >= 1.0 or min_sparse_len > 0:
-            _attend_densely(*given, p < 1.0)
         slots, per_kv = parts[0].shape[1], parts[0].shape[2]
         merge_kernel[(rows * heads,)](
             *parts, out, num_pages, _or(candidates, num_pages), _flags(candidate_tokens, num_pages), listed or 0,
@@ -118,63 +115,46 @@ def _attend_plain(
     return parts, tops, sums
 
 
-def _attend_densely(
-    query: Tensor, key_pages: KeyPages, value_pages: ValuePages, table: Tensor, num_pages: Tensor,
-    candidates: Tensor | None, tokens: Tensor | None, parts: tuple[Tensor, Tensor, Tensor], scaling: float,
-    min_sparse_len: int, prunes: bool,
-) -> None:  # fmt: skip
-    _, kv_heads, _, page_size = key_pages.form
-    slots, value_dim = parts[0].shape[1], value_pages.head_dim
-    columns = max(table.shape[1], 0 if candidates is None else candidates.shape[2])
-    splits = _splits(key_pages)
-    dense_kernel[(len(query) * kv_heads, grid_splits(columns, splits["LEAST"]))](
-        query, *query.stride()[:2], key_pages.codes, key_pages.lo, key_pages.step, value_pages.codes, value_pages.lo,
-        value_pages.step, table, table.shape[1], num_pages, _or(candidates, num_pages), _flags(tokens, num_pages),
-        0 if candidates is None else candidates.shape[2], *parts, scaling, min_sparse_len, kv_heads, slots,
-        slots - SPLITS, **_heads(query, kv_heads, value_dim), **_values(query, value_pages), PAGE=page_size,
-        KEY_BITS=key_pages.codec.bits, PRUNES=prunes, HAS_PAGES=candidates is not None,
-        HAS_TOKENS=tokens is not None, T=min(page_size, _tile(query, value_dim)), **splits,
-        num_warps=_warps(query, value_dim), num_stages=3,
-    )  # fmt: skip
-
-
-def _attend_kept(
+def _attend_packed(
     query: Tensor, key_pages: KeyPages, value_pages: ValuePages, table: Tensor, num_pages: Tensor,
     candidates: Tensor | None, tokens: Tensor | None, parts: tuple[Tensor, Tensor, Tensor], scaling: float,
     min_sparse_len: int, p: float, min_keep: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Prune and attend; return tokens that each head needs, tokens kept a split, log of the whole mass."""
+    """Score, prune and attend; return tokens that each head needs, tokens kept a split, log of the whole mass."""
     _, kv_heads, key_dim, page_size = key_pages.form
-    (rows, heads, _), device = query.shape, query.device
-    slots, per_kv, value_dim = parts[0].shape[1], heads // kv_heads, value_pages.head_dim
+    (rows, heads, _), device, columns = query.shape, query.device, table.shape[1]
+    slots, per_kv = parts[0].shape[1], heads // kv_heads
     listed = None if candidates is None else candidates.shape[2]
-    width = (table.shape[1] if listed is None else listed) * page_size
-    pairs, splits = rows * kv_heads, _splits(key_pages)
-    grid = pairs, grid_splits(width // page_size, splits["LEAST"])
+    # rows below min_sparse_len attend to pages of their own, which may be more than are listed
+    most = columns if listed is None else max(listed, min(columns, triton.cdiv(min_sparse_len, page_size)))
+    width, pairs, splits = most * page_size, rows * kv_heads, _splits(key_pages)
+    grid = pairs, grid_splits(most, splits["LEAST"])
     logits = torch.empty(rows * heads, width, device=device)
     tops, sums = (torch.empty(pairs, SPLITS, per_kv, device=device) for _ in range(2))
-    pages = _or(candidates, num_pages)
+    pages, is_wide, runs = _or(candidates, num_pages), query.dtype == torch.float32, slots - SPLITS
+    shape = score_shape(page_size, key_dim, key_pages.codec.bits, per_kv)
     logits_kernel[grid](
-        query, *query.stride()[:2], key_pages.codes, key_pages.lo, key_pages.step, table, table.shape[1], num_pages,
-        pages, _flags(tokens, num_pages), listed or 0, logits, tops, sums, width, scaling, min_sparse_len, kv_heads,
-        PER_KV=per_kv, M=max(16, power_of_two(per_kv)), D=key_dim, DP=max(16, power_of_two(key_dim)), PAGE=page_size,
-        BITS=key_pages.codec.bits, HAS_PAGES=listed is not None, HAS_TOKENS=tokens is not None,
-        T=min(page_size, tile_tokens(key_dim)), **splits, num_warps=_warps(query), num_stages=2,
+        query, *query.stride()[:2], key_pages.codes, key_pages.lo, key_pages.step, table, columns, num_pages, pages,
+        _flags(tokens, num_pages), listed or 0, logits, tops, sums, width, scaling, min_sparse_len, kv_heads,
+        **shape, HAS_PAGES=listed is not None, HAS_TOKENS=tokens is not None,
+        **splits, **score_launch(shape, is_wide),
     )  # fmt: skip
-    runs = slots - SPLITS
-    limits, needed, masses = find_limits(
-        logits, tops, sums, parts[1:], num_pages, p, min_keep, runs=runs, page_size=page_size, num_listed=listed,
-        min_sparse_len=min_sparse_len, per_kv=per_kv,
-    )  # fmt: skip
-    positions = torch.empty(pairs, width, dtype=torch.int32, device=device)
+    limits, needed, masses = sums, num_pages, sums  # read by nobody at p = 1
+    if p < 1.0:
+        limits, needed, masses = find_limits(
+            logits, tops, sums, parts[1:], num_pages, p, min_keep, runs=runs, page_size=page_size, num_listed=listed,
+            min_sparse_len=min_sparse_len, per_kv=per_kv,
+        )  # fmt: skip
+    is_all = p >= 1.0 and listed is None
+    positions = num_pages if is_all else torch.empty(pairs, width, dtype=torch.int32, device=device)
     kept = torch.empty(pairs, SPLITS, dtype=torch.int32, device=device)
+    codec = value_pages.codec
+    shape = value_shape(value_pages.head_dim, codec.bits, codec.group_size, per_kv, is_wide)
     kept_kernel[grid](
-        logits, positions, limits, value_pages.codes, value_pages.lo, value_pages.step, table, table.shape[1],
-        num_pages, pages, listed or 0, *parts, kept, width, min_sparse_len, kv_heads, slots, runs, PER_KV=per_kv,
-        M=max(16, power_of_two(per_kv)), DV=value_dim, VP=max(16, power_of_two(value_dim)), PAGE=page_size,
-        **_values(query, value_pages), HAS_PAGES=listed is not None, BLOCK=BLOCK // 4,
-        T=min(32, _tile(query, value_dim)), **splits, num_stages=2,
-        num_warps=_warps(query, value_dim),
+        logits, positions, limits, value_pages.codes, value_pages.lo, value_pages.step, table, columns, num_pages,
+        pages, listed or 0, *parts, kept, width, min_sparse_len, kv_heads, slots, runs, PAGE=page_size,
+        HAS_PAGES=listed is not None, PRUNES=p < 1.0, BLOCK=BLOCK // 4, **shape, **splits,
+        **value_launch(shape, is_wide),
     )  # fmt: skip
     return needed, kept, masses
 
@@ -194,11 +174,6 @@ def _tile(query: Tensor, value_dim: int) -> int:
 
 def _warps(query: Tensor, *dims: int) -> int:
     return warps_for(query.dtype == torch.float32, query.shape[2], *dims)
-
-
-def _values(query: Tensor, pages: ValuePages) -> dict[str, Any]:
-    codec = pages.codec
-    return {"VALUE_BITS": codec.bits, "GROUP": codec.group_size, "NARROW": query.dtype != torch.float32}
 
 
 def _splits(pages: KeyPages) -> dict[str, int]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from ._triton_aot import AotCase
-from ._triton_attend import RUN, dense_kernel, kept_kernel, plain_kernel
+from ._triton_attend import RUN, kept_kernel, plain_kernel
+from ._triton_channels import channel_shape, channels_kernel
 from ._triton_codec import _shape, load_kernel, pack_kernel, range_kernel
 from ._triton_flags import flags_kernel
+from ._triton_keys import score_launch, score_shape
 from ._triton_logits import logits_kernel
 from ._triton_merge import LISTED_TILE, SLOT_TILE, merge_kernel
 from ._triton_prune import BLOCK, ROUNDS, collect_kernel, limit_kernel, mass_kernel
 from ._triton_score import _PAGES, _judge_kernel, _key_logits_kernel
-from ._triton_tiles import LEAST_TOKENS, SPLITS, power_of_two, tile_tokens, warps_for
+from ._triton_tiles import LEAST_TOKENS, REGISTERS, SPLITS, power_of_two, tile_tokens, warps_for
+from ._triton_values import value_launch, value_shape
 
 # model dtype, key bits, value bits, page size, query heads on a KV head, key dim, value dim, value group
 CONFIGURATIONS = (
@@ -53,50 +56,57 @@ def aot_cases() -> list[AotCase]:
 
 def _decode_cases(configuration: tuple[Any, ...], is_listed: bool) -> list[AotCase]:
     dtype, key_bits, value_bits, page, per_kv, dim, value_dim, group = configuration
-    name = _name(configuration) + (", candidates" if is_listed else "")
+    name, is_wide = _name(configuration) + (", candidates" if is_listed else ""), dtype == "fp32"
     listed = {"HAS_PAGES": is_listed, "HAS_TOKENS": is_listed}
-    heads = {"PER_KV": per_kv, "M": max(16, power_of_two(per_kv)), "D": dim, "DP": max(16, power_of_two(dim))}
-    values = {"DV": value_dim, "VP": max(16, power_of_two(value_dim))}
-    packing = {"VALUE_BITS": value_bits, "GROUP": group, "NARROW": dtype != "fp32"}
+    codes = {"codes": _codes(dtype, key_bits), "value_codes": _codes(dtype, value_bits), "out": "*fp32"}
+    scored = score_shape(page, dim, key_bits, per_kv)
     splits = {"PAGE": page, "SPLITS": SPLITS, "LEAST": max(1, LEAST_TOKENS // page)}
-    tokens = tile_tokens(max(dim, value_dim), dtype == "fp32" or max(dim, value_dim) > 128)
-    tile = {"T": min(page, tokens)}
-    codes = {"key_codes": _codes(dtype, key_bits), "value_codes": _codes(dtype, value_bits)}
-    merged = {"SLOTS": 128, "TILE": SLOT_TILE, "LISTED": LISTED_TILE, "HAS_STATS": True}
-    kept_tile = {"T": min(32, tokens), "BLOCK": BLOCK // 4}
-    warps = warps_for(dtype == "fp32", dim, value_dim)
-    plain = {"HAS_NEW": not is_listed, "IS_PAGED": is_listed, "RUN": RUN, "T": min(32, tokens)}
+    kept = {**value_shape(value_dim, value_bits, group, per_kv, is_wide), "BLOCK": BLOCK // 4}
+    merged = {"SLOTS": 128, "TILE": SLOT_TILE, "LISTED": LISTED_TILE, "HAS_STATS": True, "PRUNES": True}
+    tile = min(32, tile_tokens(max(dim, value_dim), is_wide or max(dim, value_dim) > 128))
+    heads = {"D": dim, "DP": max(16, power_of_two(dim)), "M": max(16, power_of_two(per_kv))}
+    plain = {**kept, **heads, "HAS_NEW": not is_listed, "IS_PAGED": is_listed, "RUN": RUN, "T": tile}
+    types = {"keys": f"*{dtype}", "values": f"*{dtype}"}
     return [
+        _case(name, plain_kernel, types, dtype, plain, num_warps=warps_for(is_wide, dim, value_dim)),
         _case(
-            name, plain_kernel, {"keys": f"*{dtype}", "values": f"*{dtype}"}, dtype, heads, values, plain,
-            num_warps=warps,
+            name, logits_kernel, codes, dtype, scored, splits, listed,
+            **score_launch(scored, is_wide),
         ),
-        _case(
-            name, dense_kernel, codes, dtype, heads, values, packing, splits, listed, tile,
-            {"KEY_BITS": key_bits, "PRUNES": True}, num_warps=warps, num_stages=3,
+        *(
+            _case(
+                f"{name}{'' if prunes else ', p = 1'}", kept_kernel, codes, dtype, kept, splits, listed,
+                {"PRUNES": prunes}, **value_launch(kept, is_wide),
+            )
+            for prunes in (True, False)
         ),
-        _case(
-            name, logits_kernel, {"codes": codes["key_codes"], "out": "*fp32"}, dtype, heads, splits, listed,
-            {"BITS": key_bits, "T": min(page, tile_tokens(dim))}, num_warps=warps_for(dtype == "fp32", dim),
-        ),
-        _case(name, kept_kernel, codes, dtype, heads, values, packing, splits, listed, kept_tile, num_warps=warps),
-        _case(
-            name, merge_kernel, {"out": f"*{dtype}"}, dtype, heads, values, splits, listed, merged, {"PRUNES": True}
-        ),
+        _case(name, merge_kernel, {"out": f"*{dtype}"}, dtype, kept, splits, listed, merged),
     ]  # fmt: skip
 
 
 def _score_cases(configuration: tuple[Any, ...]) -> list[AotCase]:
     dtype, bits, _, page, per_kv, dim, _, _ = configuration
+    is_wide = dtype == "fp32"
     name, codes = _name(configuration), {"codes": _codes(dtype, bits), "out": "*fp32"}
-    heads = {"PER_KV": per_kv, "M": max(16, power_of_two(per_kv)), "D": dim, "DP": max(16, power_of_two(dim))}
-    splits = {"PAGE": page, "SPLITS": SPLITS, "LEAST": max(1, LEAST_TOKENS // page)}
-    tile = {"T": min(page, tile_tokens(dim)), "BITS": bits}
-    judged = {"PAGES": _PAGES, "LEVELS": 0 if bits == 16 else (1 << bits) - 1, "PAGE": page}
+    scored = score_shape(page, dim, bits, per_kv)
+    splits = {"SPLITS": SPLITS, "LEAST": max(1, LEAST_TOKENS // page)}
+    few = channel_shape(per_kv, dim, page, dim // 4, bits)
+    judged = {"PAGES": _PAGES, "LEVELS": 0 if bits == 16 else (1 << bits) - 1}
+    launch = score_launch(scored, is_wide)
     return [
-        _case(name, _key_logits_kernel, codes, dtype, heads, splits, tile, num_warps=warps_for(dtype == "fp32", dim)),
+        _case(name, _key_logits_kernel, codes, dtype, scored, splits, **launch),
+        _case(name, channels_kernel, codes, dtype, few, **launch),
         *(
-            _case(name, _judge_kernel, {**codes, "tokens": "fp32"}, dtype, heads, judged, {"IS_MASS": is_mass})
+            _case(
+                name,
+                _judge_kernel,
+                {**codes, "tokens": "fp32"},
+                dtype,
+                scored,
+                judged,
+                {"IS_MASS": is_mass},
+                maxnreg=REGISTERS,
+            )  # fmt: skip
             for is_mass in (False, True)
         ),
     ]
@@ -115,9 +125,9 @@ def _codec_cases(configuration: tuple[Any, ...]) -> list[AotCase]:
         types = {"x": f"*{dtype}", "out": f"*{dtype}", "codes": "*u8", "clip": "fp32", "stride": "i32"}
         types |= {"lo": "*fp16", "step": "*fp16", "page_ids": "*i32", "row_stride": "i32", "head_stride": "i32"}
         ranged = {"LEVELS": (1 << bits) - 1, "IS_KEY": is_key}
-        found.append(_case(name, range_kernel, types, dtype, shape, ranged))
-        found.append(_case(name, pack_kernel, types, dtype, shape, {"BITS": bits}))
-        found.append(_case(name, load_kernel, types, dtype, shape, {"BITS": bits}))
+        found.append(_case(name, range_kernel, types, dtype, shape, ranged, maxnreg=REGISTERS))
+        found.append(_case(name, pack_kernel, types, dtype, shape, {"BITS": bits}, maxnreg=REGISTERS))
+        found.append(_case(name, load_kernel, types, dtype, shape, {"BITS": bits}, maxnreg=REGISTERS))
     return found
 
 
@@ -140,7 +150,7 @@ def _row_cases() -> list[AotCase]:
 
 def _case(
     name: str, kernel: Any, types: dict[str, str], dtype: str, *constants: dict[str, Any], num_warps: int = 4,
-    num_stages: int = 2,
+    num_stages: int = 2, maxnreg: int | None = None,
 ) -> AotCase:  # fmt: skip
     """Name the types of all arguments; of the constants, those that the kernel has."""
     given = {key: value for part in constants for key, value in part.items()}
@@ -151,7 +161,7 @@ def _case(
         for key in kernel.arg_names
         if key not in constexprs
     }
-    return AotCase(name, kernel, signature, constexprs, num_warps=num_warps, num_stages=num_stages)
+    return AotCase(name, kernel, signature, constexprs, num_warps, num_stages, maxnreg)
 
 
 def _codes(dtype: str, bits: int) -> str:

@@ -143,7 +143,9 @@ def _attend_options(shape: dict[str, Any]) -> dict[str, int]:
 
 
 def _stages(shape: dict[str, Any]) -> int:
-    return 1 if shape["PRECISION"] != "ieee" else 3 if shape["BLOCK_S"] > 32 else 2
+    if shape["PRECISION"] != "ieee":
+        return 1
+    return 3 if shape["BLOCK_S"] > 32 and shape.get("CHUNKS", 1) == 1 else 2
 
 
 def aot_cases() -> list[AotCase]:

@@ -13,18 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._triton_keys import score_launch, score_pages, score_shape
 from ._triton_tiles import (
     LEAST_TOKENS,
+    REGISTERS,
     SPLITS,
-    fold_page,
     grid_splits,
     last_contiguous,
     load_query,
-    page_logits,
     power_of_two,
     segment,
-    tile_tokens,
-    warps_for,
 )
 from .layout import KeyPages
 
@@ -48,14 +46,13 @@ def key_logits(query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: T
     if not out.numel():
         return out
     query, table = last_contiguous(query), block_table.contiguous()
-    bits, tile, least = pages.codec.bits, min(page_size, tile_tokens(dim)), max(1, LEAST_TOKENS // page_size)
+    least, is_wide = max(1, LEAST_TOKENS // page_size), query.dtype == torch.float32
+    shape = score_shape(page_size, dim, pages.codec.bits, heads // kv_heads)
     with torch.cuda.device_of(query):
         _key_logits_kernel[(rows * kv_heads, grid_splits(columns, least))](
             query, *query.stride()[:2], pages.codes, pages.lo, pages.step, table, columns, num_pages.contiguous(),
-            out, scaling, kv_heads, PER_KV=heads // kv_heads, M=max(16, power_of_two(heads // kv_heads)), D=dim,
-            DP=max(16, power_of_two(dim)), PAGE=page_size, BITS=bits, T=tile, SPLITS=SPLITS,
-            LEAST=least, num_stages=2,
-            num_warps=warps_for(query.dtype == torch.float32, dim),
+            out, scaling, kv_heads, **shape, SPLITS=SPLITS, LEAST=least,
+            **score_launch(shape, is_wide),
         )  # fmt: skip
     return out
 
@@ -76,7 +73,7 @@ def _judge_pages(
             query, *query.stride()[:2], pages.codes, pages.lo, pages.step, table, columns, num_pages.contiguous(),
             out, scaling, tokens, math.sqrt(2 * tokens), kv_heads, PER_KV=heads // kv_heads, D=dim,
             DP=power_of_two(dim), PAGE=page_size, LEVELS=0 if pages.codec.is_raw else pages.codec.levels,
-            IS_MASS=is_mass, PAGES=_PAGES, num_warps=4, num_stages=2,
+            IS_MASS=is_mass, PAGES=_PAGES, num_warps=4, num_stages=2, maxnreg=REGISTERS,
         )  # fmt: skip
     return out
 
@@ -88,7 +85,7 @@ _PAGES = 16  # pages whose bounds are read at once
 def _key_logits_kernel(
     query, row_stride, head_stride, codes, lows, steps, table, columns, num_pages, out, scaling, kv_heads,
     PER_KV: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr,
-    BITS: tl.constexpr, T: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
+    BITS: tl.constexpr, T: tl.constexpr, LANES: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
     row, kv_head = pair // kv_heads, pair % kv_heads
@@ -98,15 +95,17 @@ def _key_logits_kernel(
     q, q_unit = load_query(query, row_stride, head_stride, row, kv_head, scaling, PER_KV, M, D, DP, BITS == 16)
     g = tl.arange(0, M)
     head_row = out + (pair.to(tl.int64) * PER_KV + g) * columns * PAGE
-    tiles: tl.constexpr = PAGE // T
-    for step in range(first * tiles, last * tiles):
-        page = step // tiles
-        t = step % tiles * T + tl.arange(0, T)
-        slot = tl.load(table + row.to(tl.int64) * columns + page)
+    parts: tl.constexpr = PAGE // T if LANES == 1 else 1  # of a page, one at a time
+    for begin in range(first * parts, last * parts, LANES):
+        page, offset = (begin + tl.arange(0, LANES)) // parts, begin % parts * T
+        exists = page < last
+        slot = tl.load(table + row.to(tl.int64) * columns + page, mask=exists, other=0)
         page_head = slot.to(tl.int64) * kv_heads + kv_head
-        high, rest, unit, bias = fold_page(q, lows, steps, page_head, row >= 0, M, D, DP, BITS == 16)
-        logits = page_logits(codes, page_head, row >= 0, t, high, rest, unit, bias, q_unit, D, DP, PAGE, BITS)
-        tl.store(head_row[:, None] + (page * PAGE + t)[None, :], logits, mask=(g < PER_KV)[:, None])
+        tiles = score_pages(q, q_unit, codes, lows, steps, page_head, exists, offset, M, D, DP, PAGE, BITS, T, LANES)
+        for k in tl.static_range(PAGE // T // parts):
+            token = page[:, None] * PAGE + offset + k * T + tl.arange(0, T)[None, :]
+            mask = exists[:, None, None] & (g < PER_KV)[None, :, None]
+            tl.store(head_row[None, :, None] + token[:, None, :], tiles[k], mask=mask)
 
 
 @triton.jit(do_not_specialize=["columns"])

@@ -14,9 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
+REGISTERS = 255  # left to itself, ptxas spills a little to fit one more block on a multiprocessor
 SPLITS = 64  # parts of a row that different blocks of threads take
 LEAST_TOKENS = 256  # tokens that are worth a block of threads
 TILE_NUMBERS = 8192  # numbers of a tile of keys or values: 64 tokens of 128 channels
+
+CODE = tl.constexpr(float(1 << 24))  # the bits of a code, taken for those of a float16, times this are the code
 
 # Triton's interpreter multiplies the bits of bfloat16 matrices, not their numbers (3.6 and 3.9)
 _WIDENS = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -109,92 +112,48 @@ def load_query(
 
 
 @triton.jit
-def fold_page(
-    q, lows, steps, page_head, exists, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, IS_RAW: tl.constexpr
-):
-    """Fold a page's scales into the query: two float16 parts ``[M, DP]``, their unit, and ``q . lo`` ``[M]``."""
-    if IS_RAW:
-        return q, q, 1.0, tl.zeros([M], tl.float32)
-    else:
-        d = tl.arange(0, DP)
-        mask = d < tl.where(exists, D, 0)
-        step = tl.load(steps + page_head * D + d, mask=mask, other=0.0).to(tl.float32)
-        low = tl.load(lows + page_head * D + d, mask=mask, other=0.0).to(tl.float32)
-        unit, inverse = exact_unit(tl.max(step, 0))
-        folded = q * (step * inverse * 1024)[None, :]  # below 4096: far from float16's limit, and from its least number
-        high = folded.to(tl.float16)
-        rest = (folded - high.to(tl.float32)).to(tl.float16)
-        return high, rest, unit * (1.0 / 1024), tl.sum(q * low[None, :], 1)
+def stack(high, rest):
+    """Rows of two matrices ``[L, M, C]`` below one another: a tile of tensor cores has 16, few heads leave room."""
+    return tl.permute(tl.join(high, rest), (0, 3, 1, 2)).reshape(high.shape[0], 2 * high.shape[1], high.shape[2])
 
 
 @triton.jit
-def page_logits(
-    codes, page_head, exists, t, high, rest, unit, bias, q_unit,
-    D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, BITS: tl.constexpr,
-):  # fmt: skip
-    """Logits ``[M, T]`` of tokens ``t [T]`` of one page of one KV head."""
-    d = tl.arange(0, DP)
-    mask = (d < D)[:, None] & (t < tl.where(exists, PAGE, 0))[None, :]
-    channel = page_head * D + d
-    if BITS == 16:
-        keys = tl.load(codes + channel[:, None] * PAGE + t[None, :], mask=mask, other=0.0)
-        return product(high, keys) * q_unit[:, None]
-    else:
-        row = codes + channel[:, None] * (PAGE * BITS // 8)
-        found = unpack_codes(row, t[None, :], PAGE, BITS, mask).to(tl.float16)
-        logits = product(rest, found) + product(high, found)
-        return (logits * unit + bias[:, None]) * q_unit[:, None]
+def stacked_product(stacked, b):
+    """``high @ b + rest @ b`` in float32, ``[L, M, N]``."""
+    both = product(stacked, b)
+    return tl.sum(both.reshape(both.shape[0], 2, both.shape[1] // 2, both.shape[2]), 1)
 
 
 @triton.jit
-def load_values(
-    codes, lows, steps, token_head, exists,
-    DV: tl.constexpr, VP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, NARROW: tl.constexpr,
-):  # fmt: skip
-    """Values ``[T, VP]`` of the tokens ``token_head [T]``; packed ones halved, so that float16 holds the largest."""
-    d = tl.arange(0, VP)
-    mask = exists[:, None] & (d < DV)[None, :]
-    if BITS == 16:
-        return tl.load(codes + token_head[:, None] * DV + d[None, :], mask=mask, other=0.0)
+def masked(words, MASK: tl.constexpr):
+    """``words & MASK``, two words an instruction; left to itself the compiler takes three for two."""
+    if _WIDENS:
+        return words & MASK
     else:
-        groups: tl.constexpr = (DV + GROUP - 1) // GROUP
-        if groups <= 4:  # one load a group and token, spread over the channels in registers
-            low = tl.load(lows + token_head * groups, mask=exists, other=0.0).to(tl.float32)[:, None]
-            step = tl.load(steps + token_head * groups, mask=exists, other=0.0).to(tl.float32)[:, None]
-            for group in tl.static_range(1, groups):
-                is_past = (d >= group * GROUP)[None, :]
-                next_low = tl.load(lows + token_head * groups + group, mask=exists, other=0.0)
-                next_step = tl.load(steps + token_head * groups + group, mask=exists, other=0.0)
-                low = tl.where(is_past, next_low.to(tl.float32)[:, None], low)
-                step = tl.where(is_past, next_step.to(tl.float32)[:, None], step)
-        else:
-            at = token_head[:, None] * groups + (d // GROUP)[None, :]
-            low = tl.load(lows + at, mask=mask, other=0.0).to(tl.float32)
-            step = tl.load(steps + at, mask=mask, other=0.0).to(tl.float32)
-        row = codes + token_head[:, None] * (DV * BITS // 8)
-        found = unpack_codes(row, d[None, :], DV, BITS, mask).to(tl.float32)
-        values = found * (step * 0.5) + low * 0.5
-        if NARROW:
-            values = values.to(tl.float16)
-        return values
+        return tl.inline_asm_elementwise(
+            "and.b32 $0, $1, $2;", "=r,r,r", [words, tl.full(words.shape, MASK, tl.uint16)], dtype=tl.uint16,
+            is_pure=True, pack=2,
+        )  # fmt: skip
+
+
+@triton.jit
+def join_tiles(tiles, LANES: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr):
+    """One, two or four tiles ``[L, M, ...]`` side by side, ``[L, M, WIDTH]``."""
+    if COUNT == 1:
+        return tiles[0]
+    elif COUNT == 2:
+        return tl.permute(tl.join(tiles[0], tiles[1]), (0, 1, 3, 2)).reshape(LANES, M, WIDTH)
+    else:
+        joined = tl.join(tl.join(tiles[0], tiles[1]), tl.join(tiles[2], tiles[3]))
+        return tl.permute(joined, (0, 1, 4, 3, 2)).reshape(LANES, M, WIDTH)
 
 
 @triton.jit
 def soften(logits, top, total, acc):
-    """One step of the online softmax: weights ``[M, T]``, and what was summed so far in their unit."""
-    new_top = tl.maximum(top, tl.max(logits, 1))
+    """One step of the online softmax over the last axis: weights, and what was summed so far in their unit."""
+    axis: tl.constexpr = len(logits.shape) - 1
+    new_top = tl.maximum(top, tl.max(logits, axis))
     base = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing yet: not a number from inf - inf
-    weights = tl.exp(logits - base[:, None])
+    weights = tl.exp(logits - tl.expand_dims(base, axis))
     shrink = tl.exp(top - base)
-    return weights, new_top, total * shrink + tl.sum(weights, 1), acc * shrink[:, None]
-
-
-@triton.jit
-def add_weighed(weights, values, acc):
-    """``acc + weights @ values``; weights in two parts, so that narrow tensor cores lose nothing of them."""
-    if values.dtype == tl.float32:
-        return acc + product(weights, values)
-    else:
-        high = weights.to(values.dtype)
-        rest = (weights - high.to(tl.float32)).to(values.dtype)
-        return acc + (product(high, values) + product(rest, values))
+    return weights, new_top, total * shrink + tl.sum(weights, axis), acc * tl.expand_dims(shrink, axis)

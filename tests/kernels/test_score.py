@@ -83,6 +83,7 @@ def _channel_arguments(scene: Any, num_channels: int) -> tuple[Any, ...]:
     return scene.query, scene.key_pages, num_channels, scene.block_table, scene.num_pages, scene.scaling
 
 
+@pytest.mark.interpreted(*(f"7-{case}" for case in CASES), f"1-{CASES[5]}", f"None-{CASES[2]}")
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("num_channels", [1, 7, None])
 def test_channel_logits_are_those_of_float64_but_for_rounding(
