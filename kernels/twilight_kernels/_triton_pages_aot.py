@@ -93,21 +93,13 @@ def _score_cases(configuration: tuple[Any, ...]) -> list[AotCase]:
     few = channel_shape(per_kv, dim, page, dim // 4, bits)
     judged = {"PAGES": _PAGES, "LEVELS": 0 if bits == 16 else (1 << bits) - 1}
     launch = score_launch(scored, is_wide)
+    types, bounded = {**codes, "tokens": "fp32"}, {"maxnreg": REGISTERS}
     return [
         _case(name, _key_logits_kernel, codes, dtype, scored, splits, **launch),
         _case(name, channels_kernel, codes, dtype, few, **launch),
         *(
-            _case(
-                name,
-                _judge_kernel,
-                {**codes, "tokens": "fp32"},
-                dtype,
-                scored,
-                judged,
-                {"IS_MASS": is_mass},
-                maxnreg=REGISTERS,
-            )  # fmt: skip
-            for is_mass in (False, True)
+            _case(name, _judge_kernel, types, dtype, scored, judged, {"IS_MASS": flag}, **bounded)
+            for flag in (False, True)
         ),
     ]
 

@@ -15,7 +15,7 @@ from twilight_apps.figures import with_figures
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/evaluation.md", "docs/serving.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/decisions.md", "docs/evaluation.md", "docs/serving.md"])
 def test_documents_hold_the_figures_of_the_results(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     assert with_figures(text, ROOT / "docs" / "results") == text, (

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from twilight_kernels import decode_attention, key_logits, page_masses, page_scores
+from twilight_kernels import channel_logits, decode_attention, key_logits, page_masses, page_scores
 
 pytest.importorskip("triton")
 
@@ -64,6 +64,7 @@ def test_a_step_reads_nothing_back(step: str, make_scene_on: Callable[..., Any])
             decode_attention(*arguments, **options, p=p, candidates=candidates, candidate_tokens=flags, stats=stats)
         for kernel in (page_scores, page_masses, key_logits):
             kernel(scene.query, scene.key_pages, scene.block_table, scene.num_pages, scene.scaling)
+        channel_logits(scene.query, scene.key_pages, 16, scene.block_table, scene.num_pages, scene.scaling)
     assert stats[..., 3].min() > 0, "the steps were made"
 
 
