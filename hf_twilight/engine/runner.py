@@ -5,7 +5,8 @@ function. In each layer all keys and values of the step are written, copied and 
 
 Every row, of a prompt or of an answer, attends as one decode step at its position does: to the pages that have left
 the window by then in packed form, to the rest in the model's dtype, pruned as the settings say. What is computed for
-a token therefore depends on the tokens before it and on nothing else.
+a token therefore depends on the tokens before it and on nothing else; in bfloat16 on matrix tiles also on whether it
+came with the prompt, as its sums are then rounded otherwise (see ``tables.py``).
 """
 
 from __future__ import annotations
