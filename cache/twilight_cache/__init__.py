@@ -4,7 +4,7 @@ from .accounting import LayerBytes
 from .decode_policy import DecodePolicy
 from .decode_stats import DecodeStats
 from .layer_store import LayerStore
-from .paged_store import PagedStore, RowTables
+from .paged_store import PagedStore, PromptTables, RowTables
 from .pool import PagePool
 from .prefix_tree import PrefixTree
 from .refined_channels import RefinedChannels, check_refined
@@ -44,6 +44,7 @@ __all__ = [
     "PagePool",
     "PagedStore",
     "PrefixTree",
+    "PromptTables",
     "Quest",
     "RefinedChannels",
     "RowTables",

@@ -19,6 +19,7 @@ from twilight_kernels import (
     ValueCodec,
     ValuePages,
     decode_attention,
+    prompt_attention,
     store_key_pages,
     store_value_pages,
 )
@@ -49,6 +50,28 @@ class RowTables:
     plain_len: Tensor
     stats: Tensor
     strips: Tensor | None
+
+
+@dataclass(frozen=True)
+class PromptTables:
+    """Where neighbouring tokens of a prompt find what they attend to.
+
+    Attributes:
+        first, last: rows ``[first, last)`` of the step.
+        start: position of the first.
+        window: last tokens of a sequence, which are plain.
+        block_table: ``[P]`` int32 slots of packed pages, all that the last token reads.
+        plain_table: ``[C]`` int32 slots of plain pages: sinks, then from the first on that the first token reads plain.
+        stats: ``[R, H, 5]`` float64, see ``decode_attention``; shared by all layers of a step.
+    """
+
+    first: int
+    last: int
+    start: int
+    window: int
+    block_table: Tensor
+    plain_table: Tensor
+    stats: Tensor
 
 
 class PagedStore:
@@ -115,9 +138,26 @@ class PagedStore:
             store_key_pages(self.keys, packed, keys)
         store_value_pages(self.values, packed, self.plain.values[plain])
 
-    def attend(self, query: Tensor, tables: RowTables, scaling: float) -> Tensor:
+    def attend(self, query: Tensor, tables: RowTables | PromptTables, scaling: float) -> Tensor:
         """Attend rows ``[R, H, D]`` to what their tables list: ``[R, H, Dv]``."""
         policy = self.policy
+        if isinstance(tables, PromptTables):
+            return prompt_attention(
+                self.refined.widen_query(query),
+                self.keys,
+                self.values,
+                self.plain,
+                block_table=tables.block_table,
+                plain_table=tables.plain_table,
+                start=tables.start,
+                num_sinks=self.num_sinks,
+                window=tables.window,
+                scaling=scaling,
+                p=policy.p,
+                min_keep=policy.min_keep,
+                min_sparse_len=policy.min_sparse_len,
+                stats=tables.stats,
+            )
         return decode_attention(
             self.refined.widen_query(query),
             self.keys,

@@ -5,14 +5,14 @@ function. In each layer all keys and values of the step are written, copied and 
 
 Every row, of a prompt or of an answer, attends as one decode step at its position does: to the pages that have left
 the window by then in packed form, to the rest in the model's dtype, pruned as the settings say. What is computed for
-a token therefore depends on the tokens before it and on nothing else.
+a token therefore depends on the tokens before it and on nothing else; in bfloat16 on matrix tiles also on whether it
+came with the prompt, as its sums are then rounded otherwise (see ``tables.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,16 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from twilight_cache import PagedStore, RowTables, TreePage
-from twilight_kernels import KeyCodec, ValueCodec
+from twilight_cache import PagedStore, PromptTables, RowTables
+from twilight_kernels import KeyCodec, ValueCodec, has_prompt_kernels
 
 from ..attention import STEP_ARGUMENT
 from ..config import TwilightConfig
 from .eligibility import LayerShape, unread_mask
-from .plan import Segment, StepPlan
-
-_LOGITS_BYTES = 1 << 23  # of scores that one attention call keeps: what fits the caches
-_STRIP_ROWS = 16  # of a prompt that are scored against a page together
+from .plan import StepPlan
+from .tables import TableMaker, plain_slot
 
 
 @dataclass
@@ -53,7 +51,7 @@ class Forward:
     copies: Sequence[tuple[int, int, int]]
     pack_from: Tensor
     pack_to: Tensor
-    tables: list[RowTables]
+    tables: list[RowTables | PromptTables]
     layers_seen: set[int] = field(default_factory=set)
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -103,6 +101,9 @@ class Runner:
             for layer, shape in enumerate(shapes)
         ]  # fmt: skip
         self.is_raw = not packed_pages
+        self._tables = TableMaker(
+            settings.layout, self.num_heads, self.is_raw, has_prompt_kernels(self.device, model.dtype), self.device
+        )
         self._mask = unread_mask(model)
 
     def run(self, plan: StepPlan) -> Tensor:
@@ -147,77 +148,16 @@ class Runner:
             plan.copies,
             self._on_device(packs[:, 0].astype(np.int64)),
             self._on_device(np.ascontiguousarray(packs[:, 1])),
-            self._tables(plan.segments),
+            self._tables.make(plan.segments),
         )
 
-    def _tables(self, segments: Sequence[Segment]) -> list[RowTables]:
-        """Cut the rows into calls whose scores fit the caches, and list each row's pages."""
-        layout = self.settings.layout
-        at = np.concatenate([np.arange(s.start, s.end) for s in segments])
-        owner = np.concatenate([np.full(s.end - s.start, i) for i, s in enumerate(segments)])
-        num_pages = layout.pages_after(at)
-        tables = []
-        for first, last in pairwise(self._cuts(num_pages)):
-            most = int(num_pages[first:last].max())
-            rows = slice(first, last)
-            block_table = np.full((last - first, most), -1, np.int32)
-            columns = 1 + int(((at - layout.num_sinks) // layout.page_size - num_pages)[rows].max())
-            sink_pages = int(layout.num_sinks > 0)
-            plain_table = np.zeros((last - first, sink_pages + max(columns, 1 - sink_pages)), np.int32)
-            for index in range(owner[first], owner[last - 1] + 1):
-                mine = np.flatnonzero(owner[rows] == index)
-                pages = segments[index].request.pages
-                body = pages[sink_pages:]
-                count = int(num_pages[rows][mine].max())
-                packed = [page.plain if self.is_raw else page.packed for page in body[:count]]
-                block_table[mine, :count] = np.asarray(packed, np.int32)
-                plain = np.asarray([plain_slot(page) for page in body] or [0], np.int32)
-                if sink_pages:
-                    plain_table[mine, 0] = plain_slot(pages[0])
-                wanted = num_pages[rows][mine][:, None] + np.arange(plain_table.shape[1] - sink_pages)
-                plain_table[mine, sink_pages:] = plain[np.minimum(wanted, len(plain) - 1)]
-            plain_len = at[rows] + 1 - num_pages[rows] * layout.page_size
-            tables.append(
-                RowTables(
-                    int(first), int(last), self._on_device(block_table),
-                    self._on_device(num_pages[rows].astype(np.int32)), self._on_device(plain_table),
-                    self._on_device(plain_len.astype(np.int32)),
-                    torch.zeros(last - first, self.num_heads, 5, dtype=torch.float64, device=self.device),
-                    self._strips(owner[rows]),
-                )
-            )  # fmt: skip
-        return tables
-
-    def _strips(self, owner: NDArray[np.int64]) -> Tensor | None:
-        """First rows of the strips of neighbouring rows that have one owner, and the end."""
-        starts = np.flatnonzero(np.diff(owner, prepend=-1))
-        ends = [*starts[1:].tolist(), len(owner)]
-        cut = [row for start, end in zip(starts.tolist(), ends, strict=True) for row in range(start, end, _STRIP_ROWS)]
-        return None if len(cut) == len(owner) else self._on_device(np.asarray([*cut, len(owner)], np.int32))
-
-    def _cuts(self, num_pages: NDArray[np.int64]) -> list[int]:
-        """Rows at which a new call begins, and the end."""
-        size, cuts, most = self.settings.page_size, [0], 0
-        for row, pages in enumerate(num_pages.tolist()):
-            most = max(most, pages)
-            is_full = (row + 1 - cuts[-1]) * most * size * self.num_heads * 4 > _LOGITS_BYTES
-            if row > cuts[-1] and is_full:
-                cuts.append(row)
-                most = pages
-        return [*cuts, len(num_pages)]
-
-    def _count(self, tables: list[RowTables]) -> None:
+    def _count(self, tables: list[RowTables | PromptTables]) -> None:
         for table in tables:
             scored, _, kept, mass, _ = table.stats.sum((0, 1)).tolist()
             self.traffic.scored += scored
             self.traffic.kept += kept
             self.traffic.mass += mass
             self.traffic.rows += table.last - table.first
-
-
-def plain_slot(page: TreePage) -> int:
-    """The slot of a page's plain form; -1 if it has none."""
-    return -1 if page.plain is None else page.plain
 
 
 def layer_codecs(settings: TwilightConfig, shapes: Sequence[LayerShape], layer: int) -> tuple[KeyCodec, ValueCodec]:

@@ -4,13 +4,14 @@ Every kernel is defined by the function of its name in ``_reference``. This fold
 relatively, so a copy of it under another name works.
 """
 
-from ._backend import backend_name, has_kernels, release_threads
+from ._backend import backend_name, has_kernels, has_prompt_kernels, release_threads
 from ._reference_codec import pack, unpack
 from .codec import load_key_pages, load_value_pages, store_key_pages, store_value_pages
 from .decode import decode_attention
 from .layout import KeyPages, PlainTokens, ValuePages
 from .page_codec import KeyCodec, ValueCodec, key_token_bytes, packed_size, value_token_bytes
 from .prefill import attend_stripes, select_stripes
+from .prompt import prompt_attention
 from .score import channel_logits, key_logits, page_masses, page_scores
 from .stripe_plan import StripePlan
 from .top_p import top_p_flags, top_p_threshold
@@ -27,6 +28,7 @@ __all__ = [
     "channel_logits",
     "decode_attention",
     "has_kernels",
+    "has_prompt_kernels",
     "key_logits",
     "key_token_bytes",
     "load_key_pages",
@@ -35,6 +37,7 @@ __all__ = [
     "packed_size",
     "page_masses",
     "page_scores",
+    "prompt_attention",
     "release_threads",
     "select_stripes",
     "store_key_pages",

@@ -38,6 +38,15 @@ def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     return backend_name(device) != "reference" and dtype in RAW_DTYPES
 
 
+def has_prompt_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ``prompt_attention`` has a kernel here, on CPUs with matrix tiles, and is more than its definition."""
+    if backend_name(device) != "numba" or dtype != torch.bfloat16:
+        return False
+    from ._numba_amx import has_tiles
+
+    return bool(has_tiles())
+
+
 def kernels(concept: str, tensor: Tensor, dtype: torch.dtype) -> ModuleType:
     """Return the module that holds the kernels of ``concept`` for ``dtype`` where ``tensor`` is.
 

@@ -17,7 +17,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from ._numba_ir import I8, Loop, int64, literals
+from ._numba_ir import I8, Loop, int64, literals, load
 
 _PERMISSION, _TILE_DATA = 0x1023, 18  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
 _ARCH_PRCTL = 158
@@ -109,6 +109,46 @@ def tile_product(typingctx, parts, is_added, a, a_stride, rows, pairs, b, c):
             for tile, corner in enumerate(corners):
                 _emit(builder, "tilestored64", _tile(tile), _pointer(builder, corner), stride)
         outer.close([])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def strip_product(typingctx, tiles, is_added, is_skipping, a, a_stride, steps, alive, b, b_stride, c, c_stride):
+    """Set ``c[m, r] = sum_n a[m, n] * b[n, r]`` (or add it) for 16 m and ``16 * tiles`` r, as ``tile_product``.
+
+    Literals: ``tiles``, at most 4; ``is_added``; ``is_skipping``: 1 leaves out those of the ``steps`` of 32 n whose
+    byte at ``alive`` is 0: there every ``a`` must be zero. Addresses, and strides in bytes: ``a [16, 32 * steps]``,
+    ``b [16 * steps, r, 2]``, ``c``.
+    """
+    tiles_, added, skipping = literals(tiles, is_added, is_skipping)
+    signature = types.void(tiles, is_added, is_skipping, *(types.int64,) * 8)
+
+    def codegen(context, builder, _signature, args):
+        a, a_stride, steps, alive, b, b_stride, c, c_stride = args[3:]
+        corners = [_pointer(builder, builder.add(c, int64(_ROW_BYTES * tile))) for tile in range(tiles_)]
+        for tile, corner in enumerate(corners):
+            if added:
+                _emit(builder, "tileloadd64", _tile(tile), corner, c_stride)
+            else:
+                _emit(builder, "tilezero", _tile(tile))
+        loop = Loop(builder, steps, [])
+        is_alive = ir.Constant(ir.IntType(1), 1)
+        if skipping:
+            flag = load(builder, builder.add(alive, loop.index), I8)
+            is_alive = builder.icmp_unsigned("!=", flag, ir.Constant(I8, 0))
+        with builder.if_then(is_alive):
+            along = builder.add(a, builder.mul(loop.index, int64(_ROW_BYTES)))
+            down = builder.add(b, builder.mul(loop.index, builder.mul(b_stride, int64(16))))
+            _emit(builder, "tileloadd64", _tile(4), _pointer(builder, along), a_stride)
+            for tile in range(tiles_):
+                place = builder.add(down, int64(_ROW_BYTES * tile))
+                _emit(builder, "tileloadd64", _tile(5 + tile % 3), _pointer(builder, place), b_stride)
+                _emit(builder, "tdpbf16ps", _tile(tile), _tile(4), _tile(5 + tile % 3))
+        loop.close([])
+        for tile, corner in enumerate(corners):
+            _emit(builder, "tilestored64", _tile(tile), corner, c_stride)
         return context.get_dummy_value()
 
     return signature, codegen

@@ -139,7 +139,7 @@ def value_rows(
     def codegen(context, builder, _signature, args):
         base, offsets, weights, weight_stride, count, out, out_stride = args[4:]
         weight_bytes = builder.mul(weight_stride, int64(4))
-        for plane in _value_planes(kind_, dim, group):
+        for plane in value_planes(kind_, dim, group):
             starts = range(0, plane.row_size, plane.lanes)
             for start, heads_here in itertools.product(starts, _tiles(heads_, max(1, _ACCUMULATORS // plane.fields))):
                 cells = [(h, f) for h in heads_here for f in range(plane.fields)]
@@ -221,7 +221,7 @@ class _WholeRow:
         return [_key_tile(builder, self.kind, self.dim, address, first + f) for f in range(self.fields)]
 
 
-def _value_planes(kind: int, dim: int, group: int) -> list[_ValuePlane | _WholeRow]:
+def value_planes(kind: int, dim: int, group: int) -> list[_ValuePlane | _WholeRow]:
     if kind in _STORED:
         return [_ValuePlane(kind, 0, 0, dim, 1.0)]
     sizes = [dim * width // 8 for width in planes(kind)]

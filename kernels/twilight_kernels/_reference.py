@@ -127,6 +127,41 @@ def decode_attention(
     return out
 
 
+def prompt_attention(
+    query: Tensor,
+    key_pages: KeyPages,
+    value_pages: ValuePages,
+    plain: PlainTokens,
+    *,
+    block_table: Tensor,
+    plain_table: Tensor,
+    start: int,
+    num_sinks: int,
+    window: int,
+    scaling: float,
+    p: float = 1.0,
+    min_keep: int = 0,
+    min_sparse_len: int = 0,
+    stats: Tensor | None = None,
+) -> Tensor:
+    """See ``prompt.prompt_attention``; here one decode step after the other."""
+    size, device = key_pages.codec.page_size, query.device
+    sink_pages = -(-num_sinks // size)
+    out = query.new_empty(*query.shape[:2], plain.values.shape[-1])
+    skipped = max(0, (start - num_sinks - window) // size)  # pages that the first row reads packed
+    for row in range(len(query)):
+        count = max(0, (start + row - num_sinks - window) // size)
+        own = torch.cat([plain_table[:sink_pages], plain_table[sink_pages + count - skipped :]])
+        out[row : row + 1] = decode_attention(
+            query[row : row + 1], key_pages, value_pages, plain, block_table=block_table[None],
+            num_pages=torch.tensor([count], dtype=torch.int32, device=device),
+            plain_len=torch.tensor([start + row + 1 - count * size], dtype=torch.int32, device=device),
+            scaling=scaling, p=p, min_keep=min_keep, min_sparse_len=min_sparse_len,
+            stats=None if stats is None else stats[row : row + 1], plain_table=own[None], num_sinks=num_sinks,
+        )  # fmt: skip
+    return out
+
+
 def _plain_row(pages: PlainTokens, slots: Tensor, count: int, num_sinks: int) -> PlainTokens:
     """Gather the plain tokens of one row out of pages."""
     size = pages.capacity

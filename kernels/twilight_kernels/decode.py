@@ -72,11 +72,15 @@ def decode_attention(
             are not looked at: on a GPU that would wait for the device.
     Source: Twilight, arXiv 2502.02770, section 4. Reference: ``_reference.decode_attention``.
     """
-    if not 0.0 < p <= 1.0:
-        raise ValueError(f"p must be in (0, 1], got {p}; pass p=1.0 to keep everything")
-    if min_keep < 0:
-        raise ValueError(f"min_keep must be 0 or more, got {min_keep}")
-    _check_pages(query, key_pages, value_pages, plain, plain_table)
+    check_share(p, min_keep)
+    check_pages(query, key_pages, value_pages, plain, in_pages=plain_table is not None)
+    if plain_table is not None and (
+        plain_table.dim() != 2 or plain_table.shape[0] != query.shape[0] or plain_table.dtype != torch.int32
+        or not plain_table.shape[1]
+    ):  # fmt: skip
+        raise ValueError(
+            f"plain_table must be [{query.shape[0]}, C] int32, got {list(plain_table.shape)} {plain_table.dtype}"
+        )
     check_tables(query.shape[0], block_table, num_pages)
     if plain_len.shape != num_pages.shape or plain_len.dtype != torch.int32:
         raise ValueError(
@@ -89,7 +93,7 @@ def decode_attention(
     if candidates is not None or candidate_tokens is not None:
         _check_candidates(query.shape[0], plain.form[1], candidates, candidate_tokens, key_pages.codec.page_size)
     if stats is not None:
-        _check_stats(query.shape, stats)
+        check_stats(query.shape, stats)
     if strips is not None:
         _check_strips(query.shape[0], strips, candidates)
     out: Tensor = kernels("decode", query, query.dtype).decode_attention(
@@ -101,14 +105,26 @@ def decode_attention(
     return out
 
 
-def _check_pages(
-    query: Tensor, key_pages: KeyPages, value_pages: ValuePages, plain: PlainTokens, plain_table: Tensor | None
+def check_share(p: float, min_keep: int) -> None:
+    """Raise ValueError for a mass or a number of tokens to keep that is out of range."""
+    if not 0.0 < p <= 1.0:
+        raise ValueError(f"p must be in (0, 1], got {p}; pass p=1.0 to keep everything")
+    if min_keep < 0:
+        raise ValueError(f"min_keep must be 0 or more, got {min_keep}")
+
+
+def check_pages(
+    query: Tensor, key_pages: KeyPages, value_pages: ValuePages, plain: PlainTokens, *, in_pages: bool
 ) -> None:
+    """Raise ValueError unless queries, pages and plain tokens, a row each or ``in_pages``, fit one another."""
     shape, dtype = query.shape, query.dtype
     rows, kv_heads, key_dim, value_dim = plain.form
-    if plain_table is not None:
+    if in_pages:
         rows = shape[0]
-        _check_plain_table(plain_table, rows, plain.capacity, key_pages.codec.page_size)
+        if plain.capacity != key_pages.codec.page_size:
+            raise ValueError(
+                f"plain pages must hold {key_pages.codec.page_size} tokens like the key pages, got {plain.capacity}"
+            )
     is_fitting = len(shape) == 3 and shape[0] == rows and shape[1] % kv_heads == 0 and shape[2] == key_dim
     if not is_fitting or dtype != plain.keys.dtype:
         raise ValueError(
@@ -126,13 +142,6 @@ def _check_pages(
     for name, pages in (("key", key_pages), ("value", value_pages)):
         if pages.codec.bits == RAW_BITS and pages.codes.dtype != dtype:
             raise ValueError(f"raw {name} pages must be of the query's dtype, {dtype}, got {pages.codes.dtype}")
-
-
-def _check_plain_table(table: Tensor, rows: int, capacity: int, page_size: int) -> None:
-    if table.dim() != 2 or table.shape[0] != rows or table.dtype != torch.int32 or not table.shape[1]:
-        raise ValueError(f"plain_table must be [{rows}, C] int32, got {list(table.shape)} {table.dtype}")
-    if capacity != page_size:
-        raise ValueError(f"plain pages must hold {page_size} tokens like the key pages, got {capacity}")
 
 
 def _check_new(new_key: Tensor | None, new_value: Tensor | None, plain: PlainTokens) -> None:
@@ -165,7 +174,8 @@ def _check_candidates(
         )
 
 
-def _check_stats(query: torch.Size, stats: Tensor) -> None:
+def check_stats(query: torch.Size, stats: Tensor) -> None:
+    """Raise ValueError unless ``stats`` can count for ``query [B, H, D]``."""
     if stats.shape != (query[0], query[1], 5) or stats.dtype != torch.float64 or not stats.is_contiguous():
         raise ValueError(
             f"stats must be contiguous [{query[0]}, {query[1]}, 5] float64, got {list(stats.shape)} {stats.dtype}"

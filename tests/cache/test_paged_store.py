@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from twilight_cache import DecodePolicy, PagedStore, RefinedChannels
+from twilight_cache import DecodePolicy, PagedStore, PromptTables, RefinedChannels, RowTables
 from twilight_kernels import KeyCodec, ValueCodec, load_key_pages, load_value_pages
 
 SIZE, HEADS, DIM = 16, 2, 32
@@ -42,3 +42,26 @@ def test_a_raw_codec_has_no_second_copy() -> None:
     plain, packed = make_store(4).num_bytes()
     assert plain == 2 * SIZE * HEADS * DIM * 4
     assert packed == 2 * SIZE * HEADS * DIM // 2 + 4 * HEADS * DIM + 4 * HEADS * SIZE
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_rows_of_a_prompt_attend_as_rows_that_decode(bits: int) -> None:
+    """40 tokens, of which one page has left the window of 8 for the last of them."""
+    store, tokens = make_store(bits), 40
+    slots, at = torch.tensor([4, 0, 3, 2]), torch.arange(tokens)  # of the sinks, then of three pages
+    page = torch.where(at < 4, 0, (at - 4) // SIZE + 1)
+    store.write(slots[page], torch.where(at < 4, at, (at - 4) % SIZE), *torch.randn(2, tokens, HEADS, DIM))
+    if bits < 16:
+        store.pack(slots[1:2], torch.tensor([1], dtype=torch.int32))
+    packed = slots[1:2].int() if bits == 16 else torch.tensor([1], dtype=torch.int32)
+    query, first = torch.randn(12, 2 * HEADS, DIM), tokens - 12
+    count = (at[first:] - 4 - 8) // SIZE
+    assert count.tolist() == [1] * 12
+    stats = torch.zeros(2, 12, 2 * HEADS, 5, dtype=torch.float64)
+    plain = torch.cat([slots[:1], slots[2:]]).int()
+    found = store.attend(query, PromptTables(0, 12, first, 8, packed, plain, stats[0]), 0.2)
+    rows = RowTables(
+        0, 12, packed.expand(12, -1), count.int(), plain.expand(12, -1), (at[first:] + 1 - SIZE).int(), stats[1], None
+    )
+    assert torch.allclose(found, store.attend(query, rows, 0.2), atol=1e-6)
+    assert torch.allclose(stats[0], stats[1], atol=1e-6)

@@ -40,15 +40,15 @@ def test_every_kernel_has_a_reference_of_its_signature(name: str) -> None:
     assert reference.__doc__
 
 
-@pytest.mark.parametrize("backend", ["numba", "triton"])
-def test_every_kernel_has_the_signature_of_its_reference(backend: str) -> None:
+@pytest.mark.parametrize(("backend", "absent"), [("numba", set()), ("triton", {"prompt_attention"})])
+def test_every_kernel_has_the_signature_of_its_reference(backend: str, absent: set[str]) -> None:
     pairs = {
         name: ast.dump(node.args)
         for path in FOLDER.glob(f"_{backend}_*.py")
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.FunctionDef) and (name := node.name) in KERNELS
     }
-    assert set(pairs) == set(KERNELS)
+    assert set(pairs) == set(KERNELS) - absent
     references = [ast.parse(path.read_text()).body for path in FOLDER.glob("_reference*.py")]
     for node in itertools.chain(*references):
         if isinstance(node, ast.FunctionDef) and node.name in pairs:
