@@ -240,7 +240,7 @@ def _earlier(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} must be JSON that calibrate wrote, got {error}; delete it to start anew") from error
     if stored.get("report_version") != REPORT_VERSION or stored.get("inputs") != report["inputs"]:
-        logger.info("%s is of another model, text or layout: measuring anew", path)
+        logger.warning("%s is of another model, text or layout: measuring anew, over it", path)
         return {}
     logger.info("going on with the measurements in %s", path)
     return dict(stored["layers"])
