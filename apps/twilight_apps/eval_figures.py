@@ -146,7 +146,9 @@ def _answers(result: Record) -> str:
 
 
 def _prefill(result: Record) -> str:
-    """One row for each text and alpha, and the mean of all."""
+    """One row for each text and alpha, and the mean of all; of needles under sparse prefill, what was found."""
+    if "depths" in result:
+        return _answers(result)
     records = result["records"]
     positions = f"last {result['positions']}"
     titles = [

@@ -68,7 +68,8 @@ def dense() -> Method:
 
 def presets(names: Sequence[str], changes: Sequence[str] = ()) -> list[Method]:
     """Return our caches by preset name, or by the folder of a saved config; arguments and errors as ``configs``."""
-    return [_ours(name, PRESET, config) for name, config in configs(names, changes).items()]
+    found = configs(names, changes)
+    return [_ours(", ".join([name, *changes]), PRESET, config) for name, config in found.items()]
 
 
 def configs(names: Sequence[str], changes: Sequence[str] = ()) -> dict[str, TwilightConfig]:
