@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,16 @@ from .bit_allocation import KEY_CLIPS, KEY_FORMS, VALUE_BITS, Option, allocate_b
 from .channel_weights import heavy_channels
 from .config import TwilightConfig, as_config
 from .decode_probe import DecodeProbe
-from .layer_drift import LayerDrift, refined_count
+from .layer_drift import LayerDrift, layer_shapes, refined_count, tail_len
 from .layer_settings import LayerSettings
-from .samples import sample_ids
+from .samples import sample_ids, with_facts
 from .signature import signature
 
 logger = logging.getLogger(__name__)
 
 REPORT_NAME = "calibration.json"
 REPORT_VERSION = 2
-RATIOS = {"quality": 3.2, "balanced": 4.2, "compact": 5.5}
+RATIOS = {"quality": 3.2, "balanced": 4.0, "compact": 5.5}
 CONTEXT = 8000  # tokens at which a ratio is meant
 # of keys and values, with the share of refined channels; the drift of more bits follows, see scaled_drift
 _PROBES = (*(("keys", share) for bits, share in KEY_FORMS if bits == 2), ("values", 0.0))
@@ -83,10 +83,11 @@ def calibrate(
         texts: what the model will read is best; a few thousand tokens suffice.
         preset: where all other settings come from.
         ratio: how many times smaller than a bf16 cache of 8,000 tokens; None for what suits the preset (quality 3.2,
-            balanced 4.2, compact 5.5).
+            balanced 4.0, compact 5.5).
         max_drift: KL divergence in nats a token that top-p decode may add; the smallest ``p`` that stays below is
             taken. None keeps the preset's ``p``.
         sample_len: tokens of a sample; drift is measured on its last eighth, with the rest before it in the cache.
+            Two fifths of what is measured are numbers that were hidden in the rest, so that copying counts.
         samples: places in the texts that are measured.
         seed: of the places.
         folder: where measurements are kept as they are made, so that an interrupted run goes on where it stopped and
@@ -100,19 +101,23 @@ def calibrate(
     base = as_config(preset)
     if ratio is None:
         if not isinstance(preset, str) or preset not in RATIOS:
-            raise ValueError(f"ratio must be given unless preset is one of {', '.join(RATIOS)}, got preset {preset!r}")
+            given = preset if isinstance(preset, str) else type(preset).__name__
+            raise ValueError(f"ratio must be given unless preset is one of {', '.join(RATIOS)}, got preset {given!r}")
         ratio = RATIOS[preset]
-    ids = sample_ids(tokenizer, texts, sample_len, samples, seed, base).to(model.device)
+    prose = sample_ids(tokenizer, texts, sample_len, samples, seed, base).to(model.device)
+    ids = with_facts(tokenizer, prose, tail_len(sample_len), seed).to(model.device)
+    shapes = layer_shapes(model, ids)
+    budget = _token_budget(shapes.values(), base, ratio)
     facts = signature(model.config.get_text_config(decoder=True))
     del facts["rope_parameters"]  # stretching the context does not change which layers matter
     heavy = heavy_channels(model, ids, base.page_size, base.num_sinks)
     with use_attention(model, "sdpa"):
         drift = LayerDrift(model, ids, base, heavy)
-        report = _measure(drift, {"model": facts, **_inputs(ids, base)}, folder, on_progress)
-    chosen, expected = _spend(report, base, ratio, heavy)
+        report = _measure(drift, shapes, {"model": facts, **_inputs(ids, base)}, folder, on_progress)
+    chosen, expected = _spend(report, base, budget, heavy)
     settings = replace(chosen, calibrated_for=facts)
     with use_attention(model, "twilight"):
-        decode = DecodeProbe(model, ids[:1], settings)
+        decode = DecodeProbe(model, prose[:1], settings)
         shares = decode.kept_shares(settings.p)
         settings = replace(settings, dense_layers=tuple(i for i, share in shares.items() if share > _DIFFUSE))
         tried: dict[str, float] = {}
@@ -134,6 +139,7 @@ def _inputs(ids: Tensor, base: TwilightConfig) -> dict[str, Any]:
 
 def _measure(
     drift: LayerDrift,
+    shapes: Mapping[int, tuple[int, int, int]],
     inputs: dict[str, Any],
     folder: str | os.PathLike[str] | None,
     on_progress: Callable[[int, int], None] | None,
@@ -146,38 +152,52 @@ def _measure(
     todo = [
         (layer, kind, share)
         for kind, share in _PROBES
-        for layer in drift.layers
+        for layer in shapes
         if str(share) not in layers.get(str(layer), {}).get(kind, {})
     ]
     for done, (layer, kind, share) in enumerate(todo):
         if on_progress is not None:
             on_progress(done, len(todo))
         nats = drift.measure(layer, 2, 16, KEY_CLIPS[2], share) if kind == "keys" else drift.measure(layer, 16, 2, 1.0)
-        found = layers.setdefault(str(layer), {"keys": {}, "values": {}, "shape": drift.shape(layer)})
+        found = layers.setdefault(str(layer), {"keys": {}, "values": {}, "shape": shapes[layer]})
         found[kind][str(share)] = nats
         if folder is not None:
             _write_report(Path(folder), report)
     return report
 
 
-def _spend(
-    report: dict[str, Any], base: TwilightConfig, ratio: float, heavy: Mapping[int, list[list[int]]]
-) -> tuple[TwilightConfig, float]:
-    """Turn measurements into settings; return them and their expected drift."""
-    items: list[list[Option]] = []
-    stock = fixed = 0.0
-    columns = -(-(base.num_sinks + base.window + base.page_size) // 16) * 16
-    packed = (CONTEXT - base.num_sinks - base.window) // base.page_size * base.page_size
-    for found in report["layers"].values():
-        heads, key_dim, value_dim = found["shape"]
-        items.append(_key_options(found, base, 2 * heads * columns / packed))
-        items.append(_value_options(found, base))
+def _plain_columns(base: TwilightConfig) -> int:
+    """Tokens that sinks and window have room for."""
+    return -(-(base.num_sinks + base.window + base.page_size) // 16) * 16
+
+
+def _packed_tokens(base: TwilightConfig) -> int:
+    return (CONTEXT - base.num_sinks - base.window) // base.page_size * base.page_size
+
+
+def _token_budget(shapes: Iterable[tuple[int, int, int]], base: TwilightConfig, ratio: float) -> float:
+    """Bytes that a packed token of all layers may take; ValueError for a ratio that is out of reach."""
+    stock = plain = least = 0.0
+    codecs = replace(base.key_codec, bits=2), replace(base.value_codec, bits=2)
+    for heads, key_dim, value_dim in shapes:
         stock += 2 * heads * (key_dim + value_dim) * CONTEXT
-        fixed += 2 * heads * (key_dim + value_dim) * columns
-    most = stock / (fixed + packed * sum(options[0].token_bytes for options in items))
+        plain += 2 * heads * (key_dim + value_dim) * _plain_columns(base)
+        least += heads * (key_token_bytes(key_dim, codecs[0], 2) + value_token_bytes(value_dim, codecs[1], 2))
+    most = stock / (plain + _packed_tokens(base) * least)
     if not 1.0 < ratio <= most:
         raise ValueError(f"ratio must be above 1 and at most {most:.2f}, 2 bits everywhere, got {ratio}")
-    chosen = allocate_bytes(items, (stock / ratio - fixed) / packed)
+    return (stock / ratio - plain) / _packed_tokens(base)
+
+
+def _spend(
+    report: dict[str, Any], base: TwilightConfig, budget: float, heavy: Mapping[int, list[list[int]]]
+) -> tuple[TwilightConfig, float]:
+    """Turn measurements into settings whose packed tokens take ``budget`` bytes; return them and their drift."""
+    items: list[list[Option]] = []
+    for found in report["layers"].values():
+        column_bytes = 2 * found["shape"][0] * _plain_columns(base) / _packed_tokens(base)
+        items += [_key_options(found, base, column_bytes), _value_options(found, base)]
+    chosen = allocate_bytes(items, budget)
     layers: dict[int, LayerSettings] = {}
     for name, keys, values in zip(report["layers"], chosen[::2], chosen[1::2], strict=True):
         refined = tuple(tuple(row[: keys.refined]) for row in heavy[int(name)]) if keys.refined else ()
@@ -220,7 +240,7 @@ def _earlier(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} must be JSON that calibrate wrote, got {error}; delete it to start anew") from error
     if stored.get("report_version") != REPORT_VERSION or stored.get("inputs") != report["inputs"]:
-        logger.info("%s is of another model, text or layout: measuring anew", path)
+        logger.warning("%s is of another model, text or layout: measuring anew, over it", path)
         return {}
     logger.info("going on with the measurements in %s", path)
     return dict(stored["layers"])

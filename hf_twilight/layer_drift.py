@@ -44,11 +44,8 @@ class LayerDrift:
         self.model, self.ids, self.settings, self.heavy = model, ids, settings, heavy
         self.decoder = model.config.get_text_config(decoder=True)
         self.cache = DynamicCache(config=self.decoder)
-        cached: list[Any] = self.cache.layers
-        self.layers = [index for index, layer in enumerate(cached) if type(layer) is DynamicLayer]
-        self.tail = max(CHUNK, ids.shape[1] // TAIL_SHARE // CHUNK * CHUNK)
+        self.tail = tail_len(ids.shape[1])
         self._expected: list[Tensor] = []
-        self._shapes: dict[int, tuple[int, int, int]] = {}
 
     def measure(self, layer: int, key_bits: int, value_bits: int, key_clip: float, share: float = 0.0) -> float:
         """Return the mean KL divergence, in nats a token, from the model with an unrounded cache.
@@ -70,10 +67,6 @@ class LayerDrift:
             count += wanted.shape[0] * wanted.shape[1]
         return total / count
 
-    def shape(self, layer: int) -> tuple[int, int, int]:
-        """Return KV heads, key dim and value dim of a layer that was measured."""
-        return self._shapes[layer]
-
     @torch.inference_mode()
     def _packed(self, layer: int, exact: Any, own: LayerSettings) -> TwilightLayer:
         """A layer that holds what ``exact`` holds, rounded."""
@@ -84,7 +77,6 @@ class LayerDrift:
         sequences = SequenceBatch(settings.layout, PagePool(None))
         packed = TwilightLayer(layer, sequences, settings, self.decoder)
         packed.update(exact.keys, exact.values)
-        self._shapes[layer] = packed.num_heads, packed.key_dim, packed.value_dim
         return packed
 
     @torch.inference_mode()
@@ -99,6 +91,21 @@ class LayerDrift:
             logits = self.model(chunk, past_key_values=cache, use_cache=True).logits
             found.append(logits.float().log_softmax(-1))
         return found
+
+
+def tail_len(tokens: int) -> int:
+    """Tokens at the end of a sample of ``tokens`` whose drift is measured."""
+    return max(CHUNK, tokens // TAIL_SHARE // CHUNK * CHUNK)
+
+
+@torch.inference_mode()
+def layer_shapes(model: PreTrainedModel, ids: Tensor) -> dict[int, tuple[int, int, int]]:
+    """Return KV heads, key dim and value dim of the layers that can be packed, found by reading the first token."""
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    model(ids[:1, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cached: list[Any] = cache.layers
+    packable = [index for index, layer in enumerate(cache.layers) if type(layer) is DynamicLayer]
+    return {i: (cached[i].keys.shape[1], cached[i].keys.shape[-1], cached[i].values.shape[-1]) for i in packable}
 
 
 def refined_count(key_dim: int, share: float) -> int:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_twilight import Calibration, calibrate, calibrate_prefill, calibrate_skvq
-from hf_twilight.calibration import RATIOS
+from hf_twilight.calibration import RATIOS, REPORT_NAME
 
-from . import models, tables
+from . import documents, models, tables
 
 
 def run(
@@ -29,18 +29,26 @@ def run(
     """Calibrate a model, write the result to ``folder`` and print what was found.
 
     Raises:
-        ValueError: as ``hf_twilight.calibrate``; a text that is no UTF-8.
+        ValueError: as ``hf_twilight.calibrate``; an empty text, or one that is no UTF-8.
+        FileNotFoundError: a missing text.
+        NotADirectoryError: ``folder`` is a file.
     """
     settings = models.parse_settings(preset, changes)
+    words = _words(texts, folder)
+    if ratio is None and preset not in RATIOS:
+        raise ValueError(f"--ratio must be given unless --preset is one of {', '.join(RATIOS)}, got {preset!r}")
     model, tokenizer = models.load(name, dtype), models.load_tokenizer(name)
-    words = [path.read_text(encoding="utf-8") for path in texts]
-    with tables.progress("measuring layers", total=1) as bar:
-        found = calibrate(
-            model, tokenizer, words, preset=settings,
-            ratio=RATIOS.get(preset) if ratio is None else ratio,
-            max_drift=max_drift, sample_len=sample_len, samples=samples, seed=seed, folder=folder,
-            on_progress=lambda done, total: bar.update(bar.task_ids[0], completed=done, total=total),
-        )  # fmt: skip
+    try:
+        with tables.progress("measuring layers", total=1) as bar:
+            found = calibrate(
+                model, tokenizer, words, preset=settings, ratio=RATIOS[preset] if ratio is None else ratio,
+                max_drift=max_drift, sample_len=sample_len, samples=samples, seed=seed, folder=folder,
+                on_progress=lambda done, total: bar.update(bar.task_ids[0], completed=done, total=total),
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        if (folder / REPORT_NAME).is_file():
+            tables.say(f"measurements so far are kept in {folder}: the same command goes on")
+        raise
     if with_prefill:
         with tables.progress("reading prompts", total=1) as bar:
             chosen, facts = calibrate_prefill(
@@ -56,11 +64,19 @@ def run(
 
 def run_skvq(name: str, dtype: str, texts: list[Path], folder: Path, *, sample_len: int, seed: int) -> dict[str, Any]:
     """Calibrate SKVQ with the paper's recipe, 2-bit keys and 1.5-bit values, and write it to ``folder``."""
+    words = _words(texts, folder)
     model, tokenizer = models.load(name, dtype), models.load_tokenizer(name)
-    words = [path.read_text(encoding="utf-8") for path in texts]
     settings = calibrate_skvq(model, tokenizer, words, folder, sample_len=sample_len, seed=seed)
     tables.say(f"written to {folder}; use it with: hf-twilight generate --preset {folder}")
     return {"settings": settings.to_dict()}
+
+
+def _words(texts: list[Path], folder: Path) -> list[str]:
+    """Read the texts, before minutes of work, and see that ``folder`` may be one."""
+    words = [documents.document_text(path) for path in texts]
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--out must be a folder, got the file {folder}; give another name")
+    return words
 
 
 def _print(settings: Any, report: dict[str, Any]) -> None:

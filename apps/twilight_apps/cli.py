@@ -137,7 +137,7 @@ def calibrate(
         str, typer.Option(help="channel: bits of each layer. skvq: the paper's reorder and clips, to compare with.")
     ] = "channel",
     ratio: Annotated[
-        float | None, typer.Option(help="Times smaller than bf16 at 8,000 tokens; default: 3.2, 4.2 or 5.5.")
+        float | None, typer.Option(help="Times smaller than bf16 at 8,000 tokens; default: 3.2, 4.0 or 5.5.")
     ] = None,
     max_drift: Annotated[
         float | None, typer.Option(help="Nats a token that top-p may add: choose p by it. Default: keep p.")

@@ -100,7 +100,7 @@ def budget(
 
         default = [1280, 2048] if small else [1024, 2048, 4096, 8000]
         plan = eval_budget.Plan(tuple(sorted(contexts or default)), _steps(steps, small))
-        settings = {name: models.changed(config, changes) for name, config in eval_methods.configs(presets).items()}
+        settings = eval_methods.configs(presets, changes)
         texts = eval_texts.named_texts([] if text is None else [text])
         eval_output.require_plotting(out)
         length = max(plan.contexts) + plan.steps

@@ -34,6 +34,7 @@ def needle(
     ] = None,
     trials: Annotated[int | None, typer.Option(help="Needles for each length and depth; default 2, --small 1.")] = None,
     presets: Presets = PRESETS,
+    changes: options.Set = options.NO_CHANGES,
     baselines: Baselines = None,
     small: Small = False,
     out: Out = None,
@@ -51,6 +52,7 @@ def needle(
     Examples:
       hf-twilight eval needle --small --out results
       hf-twilight eval needle --text book.txt --context 4000 --preset compact --baseline "hqq 4-bit"
+      hf-twilight eval needle --context 6000 --preset exact --set alpha=0.95 --set "dense_layers=[0, 1]"
     """
     with session(verbose=verbose, quiet=quiet, seed=seed, threads=threads):
         from . import eval_answer_plots, eval_needle, eval_output, eval_texts
@@ -62,7 +64,8 @@ def needle(
             seed,
         )
         eval_output.require_plotting(out)
-        result = eval_needle.run(model, dtype, eval_texts.named_texts(text or []), plan, presets, baselines or [])
+        named = eval_texts.named_texts(text or [])
+        result = eval_needle.run(model, dtype, named, plan, presets, baselines or [], changes)
         eval_needle.print_results(result)
         eval_output.finish(
             "needle", result, result["records"], out, json, lambda path: eval_answer_plots.draw_needle(result, path)
@@ -86,6 +89,7 @@ def ruler(
         int | None, typer.Option(help="Questions for each task and length; default 10, with --small 2.")
     ] = None,
     presets: Presets = PRESETS,
+    changes: options.Set = options.NO_CHANGES,
     baselines: Baselines = None,
     small: Small = False,
     out: Out = None,
@@ -116,7 +120,8 @@ def ruler(
             seed,
         )
         eval_output.require_plotting(out)
-        result = eval_ruler.run(model, dtype, eval_texts.named_texts(text or []), plan, presets, baselines or [])
+        named = eval_texts.named_texts(text or [])
+        result = eval_ruler.run(model, dtype, named, plan, presets, baselines or [], changes)
         eval_ruler.print_results(result)
         eval_output.finish(
             "ruler", result, result["records"], out, json, lambda path: eval_answer_plots.draw_ruler(result, path)

@@ -84,6 +84,7 @@ def run(
     tasks: Sequence[Task],
     presets: Sequence[str],
     baselines: Sequence[str],
+    changes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Load the model for the longest prompt and ask the dense model, the presets and the baselines every question.
 
@@ -92,7 +93,7 @@ def run(
     """
     methods = [
         eval_methods.dense(),
-        *eval_methods.presets(presets),
+        *eval_methods.presets(presets, changes),
         *eval_methods.baselines(baselines or [eval_methods.NO_BASELINES]),
     ]
     longest = max(task.prompt.ids.shape[1] + task.max_new_tokens for task in tasks)

@@ -95,7 +95,7 @@ def run(
 
 def chosen_settings(presets: Sequence[str], changes: Sequence[str]) -> dict[str, TwilightConfig]:
     """Return the presets with changes, and unrounded keys under the same pruner, which they are judged by."""
-    found = {name: models.changed(config, changes) for name, config in eval_methods.configs(presets).items()}
+    found = eval_methods.configs(presets, changes)
     first = next(iter(found.values()))
     exact = TwilightConfig.preset("exact", **{name: getattr(first, name) for name in _NO_ROUNDING})
     return {EXACT_KEYS: exact, **found}

@@ -18,6 +18,8 @@ from transformers import DynamicCache, PreTrainedConfig, QuantizedCache
 from hf_twilight import PRESETS, TwilightCache, TwilightConfig
 from twilight_cache import SELECTORS
 
+from . import models
+
 DENSE = "dense"
 PACKING, DECODE = "packing", "decode"
 NO_BASELINES = "none"
@@ -64,14 +66,18 @@ def dense() -> Method:
     return Method(DENSE, DENSE, lambda config: DynamicCache(config=config))
 
 
-def presets(names: Sequence[str]) -> list[Method]:
-    """Return our caches by preset name, or by the folder of a saved config; errors as ``configs``."""
-    return [_ours(name, PRESET, config) for name, config in configs(names).items()]
+def presets(names: Sequence[str], changes: Sequence[str] = ()) -> list[Method]:
+    """Return our caches by preset name, or by the folder of a saved config; arguments and errors as ``configs``."""
+    found = configs(names, changes)
+    return [_ours(", ".join([name, *changes]), PRESET, config) for name, config in found.items()]
 
 
-def configs(names: Sequence[str]) -> dict[str, TwilightConfig]:
+def configs(names: Sequence[str], changes: Sequence[str] = ()) -> dict[str, TwilightConfig]:
     """Return settings by preset name, or by the name of the folder they were saved in.
 
+    Args:
+        names: presets and folders.
+        changes: ``key=value`` on top of each, as ``--set`` takes them.
     Raises:
         ValueError: neither a preset nor a folder (the nearest preset is named), or a name twice.
         FileNotFoundError: a folder without a config.
@@ -82,7 +88,8 @@ def configs(names: Sequence[str]) -> dict[str, TwilightConfig]:
         label = Path(name).resolve().name if is_folder else name
         if label in found:
             raise ValueError(f"presets must have different names, got {label!r} twice; rename one folder")
-        found[label] = TwilightConfig.from_pretrained(name) if is_folder else TwilightConfig.preset(name)
+        config = TwilightConfig.from_pretrained(name) if is_folder else TwilightConfig.preset(name)
+        found[label] = models.changed(config, changes)
     return found
 
 

@@ -45,7 +45,13 @@ class Plan:
 
 
 def run(
-    model_name: str, dtype: str, texts: dict[str, str], plan: Plan, presets: Sequence[str], baselines: Sequence[str]
+    model_name: str,
+    dtype: str,
+    texts: dict[str, str],
+    plan: Plan,
+    presets: Sequence[str],
+    baselines: Sequence[str],
+    changes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Ask for every needle.
 
@@ -53,7 +59,8 @@ def run(
         What ``--json`` prints; ``"records"`` has one entry a needle and method.
     """
     tokenizer = models.load_tokenizer(model_name)
-    asked = eval_answers.run(model_name, dtype, tokenizer, _tasks(tokenizer, texts, plan), presets, baselines)
+    tasks = _tasks(tokenizer, texts, plan)
+    asked = eval_answers.run(model_name, dtype, tokenizer, tasks, presets, baselines, changes)
     return asked | {
         "texts": list(texts), "seed": plan.seed, "lengths": list(plan.lengths),
         "depths": list(plan.depths), "trials": plan.trials,

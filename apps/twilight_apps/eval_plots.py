@@ -15,10 +15,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = {PRESET: "#c2410c", PEER: "#1d4ed8", POLICY: "#4d7c0f", DENSE: "#57534e"}
-KIND_NAMES = {PRESET: "Twilight presets", PEER: "Transformers' QuantizedCache", POLICY: "policies on unrounded keys"}
+KIND_NAMES = {
+    PRESET: "Twilight presets",
+    PEER: "Transformers' QuantizedCache",
+    POLICY: "policies on unrounded keys, which store everything",
+}
 _FLOOR = 1e-5  # divergences below are drawn here: float32's own noise
 _DPI = 130
 _LINE_PX = 15.0  # between labels
+_LIMITS = (0.005, 0.015, 0.06)  # of divergence, for which the smallest preset is named: what presets promise
 _WAYS = {PACKING: "packing (read in chunks, nothing pruned)", DECODE: "decode (token by token, pruned)"}
 
 Record = dict[str, Any]
@@ -61,8 +66,10 @@ def _contexts(result: dict[str, Any]) -> list[int]:
 
 def _pareto(result: dict[str, Any], path: Path) -> None:
     contexts = _contexts(result)
-    figure = new_figure(15, 8.2 * len(contexts))
-    axes = figure.subplots(2 * len(contexts), 2, squeeze=False, height_ratios=[5, 1.6] * len(contexts))
+    rows = max(sum(r["kind"] == PRESET for r in _of(result, context, PACKING)) for context in contexts)
+    heights = [6.2, 0.32 * (rows + 2.5)]
+    figure = new_figure(15, 0.6 + sum(heights) * len(contexts))
+    axes = figure.subplots(2 * len(contexts), 2, squeeze=False, height_ratios=heights * len(contexts))
     figure.suptitle(
         f"Which preset? {result['model']}, {result['dtype']}, {_texts(result)}\n"
         "lower: closer to the dense model; further right: fewer bytes; the line joins what nothing else beats",
@@ -107,7 +114,8 @@ def _scatter(axis: Axes, records: list[Record], size: str, title: str) -> None:
     axis.minorticks_off()
     axis.grid(color="#e7e5e4", linewidth=0.7)
     axis.legend(loc="upper left", fontsize=9)
-    _label(axis, shown, size)
+    _label(axis, [r for r in shown if r["kind"] != POLICY], size)
+    _label_policies(axis, [r for r in shown if r["kind"] == POLICY], size)
 
 
 def _frontier(records: Iterable[Record], size: str) -> list[Record]:
@@ -127,33 +135,54 @@ def _label(axis: Axes, records: list[Record], size: str) -> None:
     points = {r["method"]: axis.transData.transform((r[size], max(r["kl"], _FLOOR))) for r in records}
     taken = [(x - 8, x + 8, y) for x, y in points.values()]
     for record in sorted(records, key=lambda r: r["kl"]):
-        is_policy = record["kind"] == POLICY  # many, and there for comparison: small, without figures
-        text = record["method"] if is_policy else f"{record['method']}  {record[size]:.1f}x"
+        text = f"{record['method']}  {record[size]:.1f}x"
         x, y = points[record["method"]]
-        left, right = x + 12, x + 12 + (6.3 if is_policy else 7.6) * len(text)
+        left, right = x + 12, x + 12 + 7.6 * len(text)
         shift = next(
             shift
             for step in count()
             for shift in (2.0 * step, -2.0 * step)
             if not any(abs(y + shift - used) < _LINE_PX and left < end and start < right for start, end, used in taken)
         )
-        place = y + shift
-        taken.append((left, right, place))
+        taken.append((left, right, y + shift))
         axis.annotate(
-            text, (record[size], max(record["kl"], _FLOOR)), xytext=((left - x) * 72 / _DPI, (place - y) * 72 / _DPI),
-            textcoords="offset points", va="center", fontsize=7 if is_policy else 8.5, color=COLOURS[record["kind"]],
+            text, (record[size], max(record["kl"], _FLOOR)), xytext=((left - x) * 72 / _DPI, shift * 72 / _DPI),
+            textcoords="offset points", va="center", fontsize=8.5, color=COLOURS[record["kind"]],
             fontweight="bold" if record["kind"] == PRESET else "normal",
             arrowprops={"arrowstyle": "-", "color": "#d6d3d1", "linewidth": 0.7} if abs(shift) > 8 else None,
         )  # fmt: skip
 
 
+def _label_policies(axis: Axes, records: list[Record], size: str) -> None:
+    """Name the policies, which are many and close together, in a column at the left; a thin line leads to each."""
+    if not records:
+        return
+    ordered = sorted(records, key=lambda r: r["kl"])
+    heights = [float(axis.transData.transform((r[size], max(r["kl"], _FLOOR)))[1]) for r in ordered]
+    places: list[float] = []
+    for height in heights:
+        places.append(max(height, places[-1] + _LINE_PX) if places else height)
+    down = (places[-1] - heights[-1]) / 2  # half of what the crowd was pushed up
+    for record, height, place in zip(ordered, heights, places, strict=True):
+        axis.annotate(
+            record["method"], (record[size], max(record["kl"], _FLOOR)),
+            xytext=(0.015, (place - down - height) * 72 / _DPI), textcoords=("axes fraction", "offset points"),
+            va="center", fontsize=7, color=COLOURS[POLICY],
+            arrowprops={"arrowstyle": "-", "color": "#a3b18a", "linewidth": 0.6},
+        )  # fmt: skip
+
+
 def _choice_table(axis: Axes, packing: list[Record], decode: list[Record]) -> None:
-    """Write the presets' figures, and beside each the best peer that is no larger, if any peer was measured."""
+    """Write the presets' figures, the nearest to dense first, and the best peer that is no larger, if there are peers.
+
+    The smallest caches within some limits of divergence are named above.
+    """
     axis.axis("off")
     steps = {r["method"]: r for r in decode}
     peers = [r for r in packing if r["kind"] == PEER]
     rows = []
-    for record in (r for r in packing if r["kind"] == PRESET):
+    presets = sorted((r for r in packing if r["kind"] == PRESET), key=lambda r: r["kl"])
+    for record in presets:
         step = steps.get(record["method"])
         rivals = sorted((r for r in peers if r["smaller"] >= record["smaller"]), key=lambda r: r["kl"])
         rows.append([
@@ -171,10 +200,21 @@ def _choice_table(axis: Axes, packing: list[Record], decode: list[Record]) -> No
         *(["best peer no larger: KL"] if peers else []),
     ]  # fmt: skip
     if rows:
+        axis.set_title(_advice(presets), fontsize=11, color=COLOURS[PRESET], fontweight="bold")
         table = axis.table(rows, colLabels=columns, loc="center", cellLoc="center")
         table.auto_set_font_size(False)
         table.set_fontsize(9.5)
         table.scale(1, 1.5)
+
+
+def _advice(presets: list[Record]) -> str:
+    """Name the smallest cache within each limit of divergence."""
+    parts = []
+    for limit in _LIMITS:
+        within = [r for r in presets if r["kl"] <= limit]
+        best = max(within, key=lambda r: r["smaller"], default=None)
+        parts.append(f"at most {limit:g}: " + (f"{best['method']} {best['smaller']:.1f}x" if best else "none"))
+    return f"smallest with KL {';  '.join(parts)}"
 
 
 def _bars(result: dict[str, Any], command: str, path: Path) -> None:

@@ -46,7 +46,13 @@ class Plan:
 
 
 def run(
-    model_name: str, dtype: str, texts: dict[str, str], plan: Plan, presets: Sequence[str], baselines: Sequence[str]
+    model_name: str,
+    dtype: str,
+    texts: dict[str, str],
+    plan: Plan,
+    presets: Sequence[str],
+    baselines: Sequence[str],
+    changes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Ask every question.
 
@@ -54,7 +60,8 @@ def run(
         What ``--json`` prints; ``"records"`` has one entry a question and method.
     """
     tokenizer = models.load_tokenizer(model_name)
-    asked = eval_answers.run(model_name, dtype, tokenizer, make_tasks(tokenizer, texts, plan), presets, baselines)
+    tasks = make_tasks(tokenizer, texts, plan)
+    asked = eval_answers.run(model_name, dtype, tokenizer, tasks, presets, baselines, changes)
     return asked | {
         "texts": list(texts), "seed": plan.seed, "lengths": list(plan.lengths),
         "tasks": list(plan.tasks), "samples": plan.samples,

@@ -3,6 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 
 def test_calibrate_writes_a_folder_that_generate_takes(cli: Any, tiny_model: str, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
@@ -24,6 +26,23 @@ def test_calibrate_refuses_a_missing_text(cli: Any, tiny_model: str, tmp_path: P
     done = cli("calibrate", "--model", tiny_model, "--text", tmp_path / "none.txt", "--out", tmp_path)
     assert done.exit_code == 2
     assert "none.txt" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "out", "words"),
+    [
+        (b"\xff\xfe\x00", "out", "must be a UTF-8 text file"),
+        (b" ", "out", "must hold text, got an empty file"),
+        (b"some text", "text.txt", "--out must be a folder, got the file"),
+    ],
+)
+def test_calibrate_refuses_bad_files_before_it_loads_a_model(
+    cli: Any, tmp_path: Path, content: bytes, out: str, words: str
+) -> None:
+    (tmp_path / "text.txt").write_bytes(content)
+    done = cli("calibrate", "--model", "none", "--text", tmp_path / "text.txt", "--out", tmp_path / out)
+    assert done.exit_code == 2
+    assert words in done.stderr
 
 
 def test_calibrate_refuses_what_skvq_has_no_use_for(cli: Any, tiny_model: str, tmp_path: Path) -> None:

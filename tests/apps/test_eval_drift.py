@@ -14,7 +14,7 @@ import transformers
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from hf_twilight import TwilightCache, TwilightConfig
-from twilight_apps import eval_bytes, eval_methods, eval_output
+from twilight_apps import eval_bytes, eval_methods, eval_output, eval_plots
 from twilight_cache import SELECTORS
 
 SHORT = ["--context", 1300, "--positions", 4, "--preset", "compact", "--baseline", "fp8", "--baseline", "top-p 0.95"]
@@ -136,3 +136,11 @@ def test_an_interrupted_file_is_not_there(tmp_path: Path) -> None:
         eval_output.write(tmp_path, "kl", {}, [{"a": 1}], interrupted)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kl.csv", "kl.json", "kl.png"]
     assert (tmp_path / "kl.png").read_bytes() == b"before"
+
+
+def test_pareto_names_the_smallest_cache_within_each_limit() -> None:
+    shown = [("a", 0.001, 2.7), ("b", 0.004, 3.2), ("c", 0.005, 3.1), ("d", 0.05, 4.4)]
+    records = [{"method": name, "kl": kl, "smaller": smaller} for name, kl, smaller in shown]
+    advice = "smallest with KL at most 0.005: b 3.2x;  at most 0.015: b 3.2x;  at most 0.06: d 4.4x"
+    assert eval_plots._advice(records) == advice
+    assert eval_plots._advice(records[3:]).count("none") == 2

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from hf_twilight import TwilightCache, TwilightConfig, calibrate
 from hf_twilight.config import as_config
-from hf_twilight.layer_drift import LayerDrift
+from hf_twilight.layer_drift import LayerDrift, layer_shapes
 
 BASE = TwilightConfig(page_size=16, group_size=16, num_sinks=2, window=8, key_bits=2, value_bits=2)
 
@@ -40,13 +40,12 @@ def test_layer_drift_falls_with_bits_and_is_none_without_rounding(make_llama: An
     ids = torch.randint(3, 128, (1, 256), generator=torch.Generator().manual_seed(0))
     heavy = [list(range(8)) for _ in range(2)]
     drift = LayerDrift(make_llama(attn_implementation="sdpa"), ids, BASE, {0: heavy, 1: heavy})
-    assert drift.layers == [0, 1]
     assert drift.measure(0, 16, 16, 1.0) == 0.0
     coarse, middle, fine = (drift.measure(1, bits, 16, 1.0) for bits in (2, 4, 8))
     assert coarse > 4 * middle > 40 * fine > 0
     assert 0 < drift.measure(1, 2, 16, 1.0, share=0.5) < coarse
     assert drift.measure(1, 2, 16, 1.0, share=0.125) == coarse  # of 16 channels, less than pages take
-    assert drift.shape(1) == (2, 16, 16)
+    assert layer_shapes(drift.model, ids) == {0: (2, 16, 16), 1: (2, 16, 16)}
 
 
 def test_calibrate_fits_the_budget_it_was_given(run: Any, make_llama: Any) -> None:
@@ -113,6 +112,7 @@ def test_calibrate_chooses_p_by_the_drift_it_may_add(run: Any) -> None:
     ("changes", "words"),
     [
         ({"ratio": None}, "ratio must be given unless preset is one of quality, balanced, compact"),
+        ({"ratio": None, "preset": "exact"}, "compact, got preset 'exact'"),
         ({"ratio": 40.0}, "ratio must be above 1 and at most .*, 2 bits everywhere, got 40.0"),
         ({"sample_len": 60}, "sample_len must be at least 74 .* got 60 and 1"),
         ({"samples": 100}, "texts must hold 25600 tokens, got"),
@@ -121,6 +121,13 @@ def test_calibrate_chooses_p_by_the_drift_it_may_add(run: Any) -> None:
 def test_calibrate_explains_what_it_cannot_do(run: Any, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         run(**changes)
+
+
+def test_calibrate_refuses_a_ratio_before_it_measures(run: Any) -> None:
+    seen: list[tuple[int, int]] = []
+    with pytest.raises(ValueError, match="ratio must be above 1"):
+        run(ratio=9.0, on_progress=lambda *at: seen.append(at))
+    assert not seen
 
 
 def test_calibrate_explains_a_report_that_is_no_json(run: Any, tmp_path: Path) -> None:
