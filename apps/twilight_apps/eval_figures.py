@@ -39,7 +39,9 @@ def _drift(result: Record) -> str:
         records = [r for r in result["records"] if r["context"] == context]
         texts = list(dict.fromkeys(r["text"] for r in records if r["text"] != ALL_TEXTS))
         pooled = texts[0] if len(texts) == 1 else ALL_TEXTS
-        where = f"{_where(result)}, {' and '.join(texts)}, {context:,} tokens; decode over {result['positions']}"
+        where = f"{_where(result)}, {' and '.join(texts)}, {context:,} tokens"
+        if any(r["mode"] == DECODE for r in records):
+            where += f"; decode over {result['positions']}"
         each = "" if len(texts) == 1 else " of each; KL by text, the rest of both together"
         modes = {(r["text"], r["method"], r["mode"]): r for r in records}
         stored = dict.fromkeys(r["method"] for r in records if r["kind"] != POLICY)
