@@ -31,11 +31,10 @@ from ._numba_ir import (
     zeros,
 )
 from ._numba_numbers import exact
+from ._numba_strips import EXP2
 
 _ROUND = 12582912.0  # 1.5 * 2^23: added to a small number, leaves its nearest integer in the last bits
 _FAINT = -80.0  # the binary logarithm below which a weight is zero
-# 2 ** x on [-1/2, 1/2], highest power first, to 1e-7
-_EXP2 = (1.327647088e-3, 9.675541622e-3, 5.55071328e-2, 2.402211972e-1, 6.931469671e-1, 1.000000072)
 _CONTRACT = ("contract",)
 
 
@@ -200,8 +199,8 @@ def _exp2(builder, x):
     is_seen = builder.fcmp_ordered(">=", x, constant(_FAINT, LANES))
     shifted = builder.fadd(x, constant(_ROUND, LANES))
     rest = builder.fsub(x, builder.fsub(shifted, constant(_ROUND, LANES)))
-    y = constant(_EXP2[0], LANES)
-    for coefficient in _EXP2[1:]:
+    y = constant(EXP2[5][0], LANES)
+    for coefficient in EXP2[5][1:]:
         product = builder.fmul(y, rest, flags=_CONTRACT)
         y = builder.fadd(product, constant(coefficient, LANES), flags=_CONTRACT)
     bits = ir.VectorType(I32, LANES)

@@ -165,7 +165,7 @@ def softmax_tile(typingctx, parts, lanes, logits, out, count, scaling, top, tota
 
 # 2 ** x on [-1/2, 1/2], highest power first: degree 5 to 1e-7, degree 3 to 1e-4, which
 # bfloat16 cannot tell from exact
-_EXP2 = {
+EXP2 = {
     5: (1.327647088e-3, 9.675541622e-3, 5.55071328e-2, 2.402211972e-1, 6.931469671e-1, 1.000000072),
     3: (5.5171669e-2, 2.4261113e-1, 6.9326099e-1, 9.9992806e-1),
 }
@@ -178,7 +178,7 @@ def _exp2(builder, x, degree: int):
     kind = ir.FunctionType(x.type, [x.type])
     rint = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
     whole = builder.call(rint, [x])
-    rest, coefficients = builder.fsub(x, whole, flags=_FAST), _EXP2[degree]
+    rest, coefficients = builder.fsub(x, whole, flags=_FAST), EXP2[degree]
     y = constant(coefficients[0], LANES)
     for coefficient in coefficients[1:]:
         y = builder.fadd(builder.fmul(y, rest, flags=_FAST), constant(coefficient, LANES), flags=_FAST)
