@@ -55,7 +55,7 @@ def needle(
       hf-twilight eval needle --context 6000 --preset exact --set alpha=0.95 --set "dense_layers=[0, 1]"
     """
     with session(verbose=verbose, quiet=quiet, seed=seed, threads=threads):
-        from . import eval_answer_plots, eval_needle, eval_output, eval_texts
+        from . import eval_answer_plots, eval_answers, eval_needle, eval_output, eval_texts
 
         plan = eval_needle.Plan(
             tuple(lengths or ([1000, 2000] if small else [1000, 2000, 3000, 4000])),
@@ -65,7 +65,7 @@ def needle(
         )
         eval_output.require_plotting(out)
         named = eval_texts.named_texts(text or [])
-        result = eval_needle.run(model, dtype, named, plan, presets, baselines or [], changes)
+        result = eval_answers.run(model, dtype, named, plan, presets, baselines or [], changes)
         eval_needle.print_results(result)
         eval_output.finish(
             "needle", result, result["records"], out, json, lambda path: eval_answer_plots.draw_needle(result, path)
@@ -110,7 +110,7 @@ def ruler(
       hf-twilight eval ruler --task "multi-key" --context 4000 --samples 20 --out results --json
     """
     with session(verbose=verbose, quiet=quiet, seed=seed, threads=threads):
-        from . import eval_answer_plots, eval_output, eval_ruler, eval_texts
+        from . import eval_answer_plots, eval_answers, eval_output, eval_ruler, eval_texts
         from .ruler_tasks import TASKS
 
         plan = eval_ruler.Plan(
@@ -121,7 +121,7 @@ def ruler(
         )
         eval_output.require_plotting(out)
         named = eval_texts.named_texts(text or [])
-        result = eval_ruler.run(model, dtype, named, plan, presets, baselines or [], changes)
+        result = eval_answers.run(model, dtype, named, plan, presets, baselines or [], changes)
         eval_ruler.print_results(result)
         eval_output.finish(
             "ruler", result, result["records"], out, json, lambda path: eval_answer_plots.draw_ruler(result, path)

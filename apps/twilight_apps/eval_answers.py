@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -77,11 +77,18 @@ def ask_all(
     return records
 
 
+class Plan(Protocol):
+    """What is asked: a frozen dataclass whose fields are printed with the results."""
+
+    def questions(self, tokenizer: PreTrainedTokenizerBase, texts: dict[str, str]) -> list[Task]:
+        """Make the questions about texts by name; the same seed makes the same."""
+
+
 def run(
     model_name: str,
     dtype: str,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[Task],
+    texts: dict[str, str],
+    plan: Plan,
     presets: Sequence[str],
     baselines: Sequence[str],
     changes: Sequence[str] = (),
@@ -89,8 +96,11 @@ def run(
     """Load the model for the longest prompt and ask the dense model, the presets and the baselines every question.
 
     Returns:
-        ``model``, ``dtype``, ``settings`` by method, ``records`` as of ``ask_all``.
+        What ``--json`` prints: ``model``, ``dtype``, ``settings`` by method, ``records`` as of ``ask_all``, ``texts``,
+        and the fields of the plan.
     """
+    tokenizer = models.load_tokenizer(model_name)
+    tasks = plan.questions(tokenizer, texts)
     methods = [
         eval_methods.dense(),
         *eval_methods.presets(presets, changes),
@@ -103,6 +113,7 @@ def run(
         "model": model_name, "dtype": str(model.dtype).removeprefix("torch."),
         "settings": {method.name: method.settings for method in methods},
         "records": ask_all(model, tokenizer, tasks, methods),
+        "texts": list(texts), **vars(plan),
     }  # fmt: skip
 
 

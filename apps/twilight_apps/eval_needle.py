@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import documents, eval_answers, eval_texts, models, tables
+from . import documents, eval_answers, eval_texts, tables
 from .eval_answers import Task
 
 if TYPE_CHECKING:
@@ -43,54 +42,31 @@ class Plan:
         if self.trials < 1:
             raise ValueError(f"trials must be at least 1, got {self.trials}")
 
-
-def run(
-    model_name: str,
-    dtype: str,
-    texts: dict[str, str],
-    plan: Plan,
-    presets: Sequence[str],
-    baselines: Sequence[str],
-    changes: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Ask for every needle.
-
-    Returns:
-        What ``--json`` prints; ``"records"`` has one entry a needle and method.
-    """
-    tokenizer = models.load_tokenizer(model_name)
-    tasks = _tasks(tokenizer, texts, plan)
-    asked = eval_answers.run(model_name, dtype, tokenizer, tasks, presets, baselines, changes)
-    return asked | {
-        "texts": list(texts), "seed": plan.seed, "lengths": list(plan.lengths),
-        "depths": list(plan.depths), "trials": plan.trials,
-    }  # fmt: skip
-
-
-def _tasks(tokenizer: PreTrainedTokenizerBase, texts: dict[str, str], plan: Plan) -> list[Task]:
-    numbers = random.Random(plan.seed)
-    found = []
-    for length in plan.lengths:
-        for depth in plan.depths:
-            for trial in range(plan.trials):
-                name = list(texts)[trial % len(texts)]
-                key = str(numbers.randrange(10_000, 100_000))
-                fact = _FACT.format(key=key)
-                room = length - len(documents.token_ids(tokenizer, fact))
-                if room < 1:
-                    raise ValueError(f"context must hold the needle and some text, got {length} tokens")
-                excerpt = eval_texts.excerpts(tokenizer, name, texts[name], room, 1, numbers.randrange(2**31))[0]
-                hay = str(tokenizer.decode(excerpt.ids[0]))
-                prompt = documents.question_prompt(
-                    tokenizer,
-                    documents.hide_in_sentence_break(hay, fact, depth),
-                    _QUESTION,
-                    hint="",
-                    opening=_OPENING,
-                )
-                cell = {"length": length, "depth": depth, "trial": trial, "text": name}
-                found.append(Task(cell, prompt, (key,), _MAX_NEW_TOKENS))
-    return found
+    def questions(self, tokenizer: PreTrainedTokenizerBase, texts: dict[str, str]) -> list[Task]:
+        """Hide a pass key in an excerpt for each cell of the grid, and ask for it."""
+        numbers = random.Random(self.seed)
+        found = []
+        for length in self.lengths:
+            for depth in self.depths:
+                for trial in range(self.trials):
+                    name = list(texts)[trial % len(texts)]
+                    key = str(numbers.randrange(10_000, 100_000))
+                    fact = _FACT.format(key=key)
+                    room = length - len(documents.token_ids(tokenizer, fact))
+                    if room < 1:
+                        raise ValueError(f"context must hold the needle and some text, got {length} tokens")
+                    excerpt = eval_texts.excerpts(tokenizer, name, texts[name], room, 1, numbers.randrange(2**31))[0]
+                    hay = str(tokenizer.decode(excerpt.ids[0]))
+                    prompt = documents.question_prompt(
+                        tokenizer,
+                        documents.hide_in_sentence_break(hay, fact, depth),
+                        _QUESTION,
+                        hint="",
+                        opening=_OPENING,
+                    )
+                    cell = {"length": length, "depth": depth, "trial": trial, "text": name}
+                    found.append(Task(cell, prompt, (key,), _MAX_NEW_TOKENS))
+        return found
 
 
 def print_results(result: dict[str, Any]) -> None:

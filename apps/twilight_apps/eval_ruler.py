@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import difflib
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import documents, eval_answers, eval_texts, models, tables
+from . import documents, eval_answers, eval_texts, tables
 from .eval_answers import Task
 from .ruler_tasks import TASKS
 
@@ -44,41 +43,17 @@ class Plan:
         if min(self.lengths) < _SHORTEST:
             raise ValueError(f"context must be at least {_SHORTEST} tokens, got {min(self.lengths)}")
 
-
-def run(
-    model_name: str,
-    dtype: str,
-    texts: dict[str, str],
-    plan: Plan,
-    presets: Sequence[str],
-    baselines: Sequence[str],
-    changes: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Ask every question.
-
-    Returns:
-        What ``--json`` prints; ``"records"`` has one entry a question and method.
-    """
-    tokenizer = models.load_tokenizer(model_name)
-    tasks = make_tasks(tokenizer, texts, plan)
-    asked = eval_answers.run(model_name, dtype, tokenizer, tasks, presets, baselines, changes)
-    return asked | {
-        "texts": list(texts), "seed": plan.seed, "lengths": list(plan.lengths),
-        "tasks": list(plan.tasks), "samples": plan.samples,
-    }  # fmt: skip
-
-
-def make_tasks(tokenizer: PreTrainedTokenizerBase, texts: dict[str, str], plan: Plan) -> list[Task]:
-    """Make the questions; the same seed makes the same."""
-    found = []
-    for length in plan.lengths:
-        for name in plan.tasks:
-            for sample in range(plan.samples):
-                # a seed of its own for each question, so that tasks or lengths left out change no other
-                numbers = random.Random(f"{plan.seed} {length} {name} {sample}")
-                text = list(texts)[sample % len(texts)]
-                found.append(_task(tokenizer, text, texts[text], length, name, sample, numbers))
-    return found
+    def questions(self, tokenizer: PreTrainedTokenizerBase, texts: dict[str, str]) -> list[Task]:
+        """Make a question for each length, task and sample."""
+        found = []
+        for length in self.lengths:
+            for name in self.tasks:
+                for sample in range(self.samples):
+                    # a seed of its own for each question, so that tasks or lengths left out change no other
+                    numbers = random.Random(f"{self.seed} {length} {name} {sample}")
+                    text = list(texts)[sample % len(texts)]
+                    found.append(_task(tokenizer, text, texts[text], length, name, sample, numbers))
+        return found
 
 
 def _task(

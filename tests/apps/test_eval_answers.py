@@ -80,11 +80,11 @@ def test_needle_is_hidden_between_sentences_at_its_depth(depth: float) -> None:
 def test_ruler_documents_have_the_length_asked_for(tiny_model: str) -> None:
     tokenizer = models.load_tokenizer(tiny_model)
     plan = eval_ruler.Plan((1200,), tuple(TASKS), 1)
-    tasks = eval_ruler.make_tasks(tokenizer, {"prose": PROSE * 10}, plan)
+    tasks = plan.questions(tokenizer, {"prose": PROSE * 10})
     for task in tasks:
         assert 900 < task.prompt.document.shape[1] < 1300, task.cell
     # a question does not depend on which others are asked
-    alone = eval_ruler.make_tasks(tokenizer, {"prose": PROSE * 10}, eval_ruler.Plan((1200,), ("multi-key",), 1))
+    alone = eval_ruler.Plan((1200,), ("multi-key",), 1).questions(tokenizer, {"prose": PROSE * 10})
     same = next(task for task in tasks if task.cell["task"] == "multi-key")
     assert alone[0].expected == same.expected
     assert alone[0].prompt.ids.equal(same.prompt.ids)
@@ -92,7 +92,7 @@ def test_ruler_documents_have_the_length_asked_for(tiny_model: str) -> None:
 
 def test_needles_lie_where_they_are_said_to(tiny_model: str) -> None:
     tokenizer = models.load_tokenizer(tiny_model)
-    tasks = eval_needle._tasks(tokenizer, {"prose": PROSE * 10}, eval_needle.Plan((800, 1600), (0.0, 0.5, 1.0), 1))
+    tasks = eval_needle.Plan((800, 1600), (0.0, 0.5, 1.0), 1).questions(tokenizer, {"prose": PROSE * 10})
     assert len({task.expected for task in tasks}) == 6
     for task in tasks:
         text = str(tokenizer.decode(task.prompt.document[0]))
