@@ -265,7 +265,8 @@ def _print_figures(records: dict[str, dict[str, Any]]) -> None:
         row("each further token", lambda r: "-" if r[ms] is None else f"{r[ms]:.1f} ms", ratio(ms)),
     ]
     filler = ["", ""] if stock is not None else []
-    rows[1:1] = [[f"  {part}", tables.size(count), *filler] for part, count in ours["bytes_by_part"].items()]
+    parts = ours["bytes_by_part"].items()
+    rows[1:1] = [[f"  {part}", tables.size(count), *filler] for part, count in parts if count]
     if ours["decode"] is not None:
         decode = ours["decode"]
         rows += [
