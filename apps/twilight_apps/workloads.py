@@ -115,19 +115,20 @@ def build(name: str, text: list[int], sizes: Sizes) -> Workload:
     if name == "w1":
         shared = pieces.take(sizes.shared)
         clients = [_single(0.0, shared + pieces.take(sizes.own), sizes.answer) for _ in range(sizes.requests)]
-        title = f"W1: {sizes.requests} requests at once, {sizes.shared} shared + {sizes.own} own tokens"
+        title = f"W1: {_requests(sizes.requests)} at once, {sizes.shared} shared + {sizes.own} own tokens"
         return Workload(name, f"{title}, {sizes.answer} new", clients, sizes.shared)
     if name == "w2":
         shared, count = pieces.take(sizes.shared), 2 * sizes.requests
         clients = [_single(at, shared + pieces.take(sizes.own), sizes.answer) for at in _arrivals(count, sizes.rate)]
-        title = f"W2: {count} requests, {sizes.rate:g} a second at random, {sizes.shared} shared + {sizes.own} own"
+        title = f"W2: {_requests(count)}, {sizes.rate:g} a second at random, {sizes.shared} shared + {sizes.own} own"
         return Workload(name, f"{title}, {sizes.answer} new", clients, sizes.shared)
     if name == "w3":
         one = sizes.turn_tokens
         clients = [Client(0.0, [Turn(pieces.take(one), one) for _ in range(sizes.turns)]) for _ in range(sizes.chats)]
         return Workload(name, f"W3: {sizes.chats} chats, {sizes.turns} turns of {one} + {one} tokens", clients)
     clients = [_single(0.0, pieces.take(sizes.context), sizes.answer) for _ in range(sizes.requests)]
-    return Workload(name, f"W10: {sizes.requests} requests of {sizes.context} tokens, {sizes.answer} new", clients)
+    title = f"W10: {_requests(sizes.requests)} of {sizes.context:,} tokens, {sizes.answer} new"
+    return Workload(name, title, clients)
 
 
 class _Pieces:
@@ -147,6 +148,10 @@ class _Pieces:
         self._firsts.add(piece[0])
         self._place += size
         return piece
+
+
+def _requests(count: int) -> str:
+    return f"{count} request{'s' if count > 1 else ''}"
 
 
 def _single(start_s: float, prompt: list[int], new_tokens: int) -> Client:
