@@ -1,48 +1,67 @@
-"""What do the kernels do on a GPU? Every part checked against float64 first, then timed; one table, one JSON file.
+"""What do the kernels do on a GPU? Checked against float64 first, then timed, in units that pass or fail by themselves.
 
-The file is written anew after each result, so that a run that is cut short loses nothing.
+The file is written anew after each unit, and a later call goes on from it. Units run in a child process, so that a
+fault of a kernel, which ruins the CUDA context of its process, or one that hangs, costs that unit alone.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import bench_gpu_decode, bench_gpu_memory, bench_gpu_prefill, bench_gpu_step, tables
+import twilight_kernels
+
+from . import (
+    bench_gpu_check,
+    bench_gpu_decode,
+    bench_gpu_memory,
+    bench_gpu_prefill,
+    bench_gpu_report,
+    bench_gpu_step,
+    gpu_worker,
+    tables,
+)
 from .environment import environment
-from .gpu_dense import REPEATED
 from .gpu_inputs import HOW
-from .gpu_sizes import FULL, TOY, Sizes
+from .gpu_sizes import FULL, TOY
+from .gpu_units import Setting, Unit, told
 
 FILE_NAME = "bench-gpu.json"
-
-Part = Callable[[Sizes, torch.device, torch.dtype, int], Iterator[dict[str, Any]]]
-PARTS: dict[str, Part] = {
-    "decode": bench_gpu_decode.run, "prefill": bench_gpu_prefill.run, "step": bench_gpu_step.run,
-    "memory": bench_gpu_memory.run,
+PASSED, FAILED = "passed", "failed"
+PARTS: dict[str, Any] = {  # of units of equal rank, those of the first part go first
+    "check": bench_gpu_check, "decode": bench_gpu_decode, "step": bench_gpu_step, "prefill": bench_gpu_prefill,
+    "memory": bench_gpu_memory,
 }  # fmt: skip
+_LEAST_S = 15.0  # a unit is not begun with less time left
+_SAME = ("is_toy", "seed", "device", "kernels", "versions")  # what results must share to stand in one file
+
+Call = Callable[[str, str, bool, int, list[str], float], dict[str, Any]]
 
 
-def run(out: Path, parts: Sequence[str], *, is_toy: bool, budget_s: float, seed: int) -> dict[str, Any]:
-    """Run ``parts`` in order; print a table and write ``out / FILE_NAME``.
+def run(out: Path, parts: Sequence[str], *, is_toy: bool, budget_s: float, unit_s: float, seed: int) -> dict[str, Any]:
+    """Run the units of ``parts`` that ``out`` does not hold yet, worth most first; print a table.
 
     Args:
-        out: folder, made if missing.
+        out: folder, made if missing; results of an earlier call in it are kept if they are of the same device,
+            versions and kernels, and what passed is not run again.
         parts: names of ``PARTS``.
         is_toy: walk the whole path at toy sizes on the CPU; no time is kept then.
-        budget_s: seconds after which no further result is begun.
+        budget_s: seconds that the call may take; a unit that runs at their end is stopped.
+        unit_s: seconds that one unit may take.
         seed: of all random numbers.
     Returns:
         What was written.
     Raises:
         ValueError: an unknown part, or no CUDA device where one is needed.
     """
+    start = time.monotonic()
     unknown = [name for name in parts if name not in PARTS]
     if unknown or not parts:
         raise ValueError(f"part must be one of {', '.join(PARTS)}, got {', '.join(unknown) or 'none'}")
@@ -51,39 +70,103 @@ def run(out: Path, parts: Sequence[str], *, is_toy: bool, budget_s: float, seed:
             f"bench gpu needs a CUDA device, got torch {torch.__version__} without one; pass --toy to walk the path on "
             "the CPU, without times"
         )
-    device = torch.device("cpu" if is_toy else "cuda")
-    sizes, dtype = (TOY, torch.float32) if is_toy else (FULL, torch.bfloat16)
     out.mkdir(parents=True, exist_ok=True)
-    document: dict[str, Any] = {
-        "command": "bench gpu", "is_toy": is_toy, "dtype": str(dtype).removeprefix("torch."), "inputs": HOW,
-        "seed": seed, "results": [], "failures": {}, "not_reached": list(parts), "device": _device(device),
-        "environment": environment(device.type),
-    }  # fmt: skip
-    start = time.monotonic()
-    for name in parts:
-        if time.monotonic() - start > budget_s:
-            break
-        tables.say(f"{name} ...")
-        try:
-            for result in PARTS[name](sizes, device, dtype, seed):
-                result = _compared(result)
-                document["results"].append(_without_times(result) if is_toy else result)
-                tables.say(f"  {_headline(document['results'][-1])}, {time.monotonic() - start:.0f} s in")
-                _write(out, document)
-                if time.monotonic() - start > budget_s:
-                    break
-            else:
-                document["not_reached"].remove(name)
-        except (
-            Exception
-        ) as error:  # compilers' and drivers' errors have no common kind; each is told, and fails the run
-            document["failures"][name] = f"{type(error).__name__}: {error}"
-            tables.say(f"  failed: {document['failures'][name].splitlines()[0]}")
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    document = _document(is_toy, seed)
+    document["units"] = _earlier(out / FILE_NAME, document)
+    plan = _plan(parts, is_toy, document)
+    document["not_reached"] = [f"{part} {name}" for part, name in plan if not _has_passed(document, part, name)]
+    with gpu_worker.Worker() as worker:
+        call = _in_process if is_toy else _in(worker)
+        for part, name in plan:
+            left = budget_s - (time.monotonic() - start)
+            if _has_passed(document, part, name):
+                continue
+            if left < _LEAST_S:
+                break
+            tables.say(f"{part} {name} ...")
+            failed = [found["name"] for found in document["units"] if _is_failed_check(found)]
+            unit = call(part, name, is_toy, seed, failed, min(unit_s, left))
+            if unit["status"] == FAILED and unit["seconds"] >= left - 1.0:
+                break  # stopped by the budget, which says nothing of the unit
+            document["units"] = [one for one in document["units"] if (one["part"], one["name"]) != (part, name)]
+            document["units"].append(unit)
+            document["not_reached"].remove(f"{part} {name}")
+            document["seconds"] = time.monotonic() - start
+            _write(out, document)
+            reason = f": {unit['message']}" if unit["message"] else ""
+            tables.say(f"  {unit['status']}, {unit['seconds']:.0f} s, {document['seconds']:.0f} s in{reason}")
     _write(out, document)
-    _print(document)
+    bench_gpu_report.show(document)
     return document
+
+
+def run_unit(part: str, name: str, is_toy: bool, seed: int, excluded: list[str]) -> dict[str, Any]:
+    """Run one unit in this process; what goes wrong is told, not raised.
+
+    Returns:
+        ``part``, ``name``, ``status``, ``message`` (None if nothing went wrong), ``seconds``, ``result``, and
+        ``is_clean``: whether this process may go on.
+    """
+    begin = time.monotonic()
+    device, sizes = torch.device("cpu" if is_toy else "cuda"), TOY if is_toy else FULL
+    setting = Setting(sizes, device, torch.float32 if is_toy else torch.bfloat16, seed, frozenset(excluded))
+    unit: Unit = next(unit for unit in PARTS[part].units(sizes) if unit.name == name)
+    result: dict[str, Any] = {}
+    message, is_clean = None, True
+    try:
+        result = _finished(unit.run(setting), is_toy)
+        faults = result.get("faults", {})
+        message = "; ".join(f"{name}: {why}" for name, why in faults.items()) or None
+    except Exception as error:  # compilers' and drivers' errors have no common kind; each is told
+        message, is_clean = told(error), isinstance(error, ArithmeticError)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return {
+        "part": part, "name": name, "status": FAILED if message else PASSED, "message": message,
+        "seconds": time.monotonic() - begin, "result": result, "is_clean": is_clean,
+    }  # fmt: skip
+
+
+def _in_process(part: str, name: str, is_toy: bool, seed: int, excluded: list[str], limit_s: float) -> dict[str, Any]:
+    return run_unit(part, name, is_toy, seed, excluded)
+
+
+def _in(worker: gpu_worker.Worker) -> Call:
+    """Run units in the child, which is replaced whenever it may have been harmed."""
+
+    def call(part: str, name: str, is_toy: bool, seed: int, excluded: list[str], limit_s: float) -> dict[str, Any]:
+        begin = time.monotonic()
+        try:
+            found: dict[str, Any] = worker.call(run_unit, part, name, is_toy, seed, excluded, limit_s=limit_s)
+        except (TimeoutError, gpu_worker.CallError) as error:
+            found = {"part": part, "name": name, "status": FAILED, "message": told(error), "result": {}}
+            found |= {"seconds": time.monotonic() - begin, "is_clean": False}
+        if not found["is_clean"]:
+            worker.stop()
+        return found
+
+    return call
+
+
+def _plan(parts: Sequence[str], is_toy: bool, document: dict[str, Any]) -> list[tuple[str, str]]:
+    """Part and name of every unit, worth most first; what failed before comes last."""
+    places, tried = list(PARTS), [(unit["part"], unit["name"]) for unit in document["units"]]
+    found = [
+        (unit.rank, places.index(part), part, unit.name)
+        for part in dict.fromkeys(parts)
+        for unit in PARTS[part].units(TOY if is_toy else FULL)
+    ]
+    return [(part, name) for _, _, part, name in sorted(found, key=lambda one: (one[2:] in tried, *one[:2]))]
+
+
+def _document(is_toy: bool, seed: int) -> dict[str, Any]:
+    device = torch.device("cpu" if is_toy else "cuda")
+    described = environment(device.type)
+    return {
+        "command": "bench gpu", "is_toy": is_toy, "dtype": "float32" if is_toy else "bfloat16", "inputs": HOW,
+        "seed": seed, "device": _device(device), "kernels": _digest(), "versions": described["versions"],
+        "environment": described, "seconds": 0.0, "not_reached": [], "units": [],
+    }  # fmt: skip
 
 
 def _device(device: torch.device) -> dict[str, Any]:
@@ -97,70 +180,46 @@ def _device(device: torch.device) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _compared(result: dict[str, Any]) -> dict[str, Any]:
-    """Add the fastest dense entrant and how much faster each entrant is than it and than repeated KV heads."""
+def _digest() -> str:
+    """Of the kernels' sources: figures of other ones do not belong into the same file."""
+    total = hashlib.sha256()
+    for path in sorted(Path(str(twilight_kernels.__file__)).parent.glob("*.py")):
+        total.update(path.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def _earlier(path: Path, document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Units of an earlier call that belong to this one."""
+    if not path.is_file():
+        return []
+    before = json.loads(path.read_text(encoding="utf-8"))
+    other = [name for name in _SAME if before.get(name) != document[name]]
+    if other:
+        tables.say(f"{path} is of another {', '.join(other)}: begun anew")
+        return []
+    units: list[dict[str, Any]] = before["units"]
+    tables.say(f"{path} holds {len(units)} units: what passed is kept")
+    return units
+
+
+def _has_passed(document: dict[str, Any], part: str, name: str) -> bool:
+    return any((unit["part"], unit["name"], unit["status"]) == (part, name, PASSED) for unit in document["units"])
+
+
+def _is_failed_check(unit: dict[str, Any]) -> bool:
+    return (unit["part"], unit["status"]) == ("check", FAILED)
+
+
+def _finished(result: dict[str, Any], is_toy: bool) -> dict[str, Any]:
     rows = result.get("entrants", [])
-    dense = {row["name"]: row["ms"]["median"] for row in rows if not row["is_ours"]}
-    if not dense:
+    if is_toy:  # at toy sizes on a CPU times say nothing of a GPU
+        for row in rows:
+            row["ms"] = None
         return result
-    fastest = min(dense, key=lambda name: dense[name])
-    for row in rows:
-        row["speedup_over_fastest"] = dense[fastest] / row["ms"]["median"]
-        if REPEATED in dense:
-            row["speedup_over_repeated"] = dense[REPEATED] / row["ms"]["median"]
-    return {**result, "fastest_dense": fastest}
-
-
-def _without_times(result: dict[str, Any]) -> dict[str, Any]:
-    """Drop what was timed: at toy sizes on a CPU it says nothing of a GPU."""
-    rows = [
-        {name: None if name == "ms" or name.startswith("speedup") else found for name, found in row.items()}
-        for row in result.pop("entrants", [])
-    ]
-    result.pop("fastest_dense", None)
-    return {**result, "entrants": rows} if rows else result
+    return bench_gpu_report.compared(result)
 
 
 def _write(out: Path, document: dict[str, Any]) -> None:
     draft = out / f"{FILE_NAME}.tmp"
     draft.write_text(json.dumps(document, indent=1, allow_nan=False, default=str) + "\n", encoding="utf-8")
     os.replace(draft, out / FILE_NAME)
-
-
-def _headline(result: dict[str, Any]) -> str:
-    about = [f"{name} {result[name]:,}" for name in ("context", "batch", "tokens") if name in result]
-    return ", ".join([*([result["name"]] if "name" in result else []), *about]) or result["part"]
-
-
-def _print(document: dict[str, Any]) -> None:
-    rows: list[list[str]] = []
-    for result in document["results"]:
-        if result["part"] == "memory":
-            size = f"{result['cache_bytes_closed_form'] / 1e9:.1f} GB beside {result['weight_bytes'] / 1e9:.1f} GB"
-            fits = "fits" if result["fits"] else "does not fit"
-            rows.append(["memory", _headline(result), f"{size}: {fits}", "", "", "", ""])
-            continue
-        for row in result["entrants"]:
-            ms = row["ms"]
-            how = row["name"] + (" (fastest dense)" if row["name"] == result.get("fastest_dense") else "")
-            rows.append([
-                result["part"], _headline(result), how,
-                row["launch"].split(":")[0], tables.spread(ms) if ms else "-", _times(row, "speedup_over_repeated"),
-                _times(row, "speedup_over_fastest"),
-            ])  # fmt: skip
-        for name, share in result.get("top_p_share", {}).items():
-            if share is not None:
-                rows.append([result["part"], _headline(result), f"{name}: top-p takes {share:.1%}", "", "", "", ""])
-    title = f"{document['device']['name']}, {document['dtype']}"
-    if document["is_toy"]:
-        title += ", toy sizes: the path was walked, nothing was measured"
-    columns = ["part", "what", "how", "launched", "ms [p20, p80]", "x sdpa, repeated", "x fastest dense"]
-    tables.print_table(title, columns, rows, left=4)
-    for name, reason in document["failures"].items():
-        tables.say(f"{name} failed: {reason}")
-    if document["not_reached"]:
-        tables.say(f"not finished: {', '.join(document['not_reached'])}")
-
-
-def _times(row: dict[str, Any], key: str) -> str:
-    return "-" if row.get(key) is None else f"{row[key]:.2f}"

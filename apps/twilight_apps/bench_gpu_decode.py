@@ -6,7 +6,9 @@ a cold L2 cache before each run, all in turns.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,43 +22,70 @@ from . import gpu_dense, gpu_timing
 from .gpu_check import error_of, reject_reason, tolerance_of
 from .gpu_inputs import PackedLayer, make_inputs, pack
 from .gpu_sizes import Sizes
+from .gpu_units import Setting, Unit, attempt, prepare_all, told
 from .synthetic import AttentionInputs
 
 _BORDER = 1e-4  # relative change of p that moves tokens across the threshold within rounding of the model's dtype
-_CODECS = {"K2V2": "compact", "K4V4": "quality"}
 _P = 0.95
+PRESETS = {"K2V2": "compact", "K4V4": "quality"}
+LABELS = {f"{codec}, p = {p:g}": (preset, p) for codec, preset in PRESETS.items() for p in (_P, 1.0)}
+_FLEX = "flex_attention, compiled"
+_BESIDE_FLEX = (
+    "sdpa, enable_gqa",
+    "matmuls and softmax",
+)  # its compilation is long: a unit of its own, with few others
 
 Run = Callable[[], Tensor]
 
 
-def run(sizes: Sizes, device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[dict[str, Any]]:
-    """Yield one result for each context and batch, smallest first.
+def units(sizes: Sizes) -> Iterator[Unit]:
+    """Each context and batch, and FlexAttention last."""
+    for index, (context, batch) in enumerate(sizes.decode):
+        yield Unit(f"{context:,} x {batch}", 1 + 3 * index, functools.partial(_run, context, batch, is_flex=False))
+    if sizes.flex_at is not None:
+        context, batch = sizes.flex_at
+        yield Unit(f"{context:,} x {batch}, flex", 90, functools.partial(_run, context, batch, is_flex=True))
+
+
+def _run(context: int, batch: int, setting: Setting, *, is_flex: bool) -> dict[str, Any]:
+    """Check what is ours once more at this length, then time whatever is right."""
+    inputs = make_inputs(setting.sizes.shape, context, setting.seed, setting.device, setting.dtype)
+    query = inputs.query.repeat(batch, 1, 1)
+    faults = {name: "failed its check" for name in LABELS if name in setting.excluded}
+    ours, checks, num_bytes = dict[str, Run](), dict[str, dict[str, Any]](), dict[str, int]()
+    layers = dict[str, PackedLayer]()
+    for name, (preset, p) in LABELS.items():
+        if name in faults:
+            continue
+        with attempt(faults, name, setting.device):
+            settings = TwilightConfig.preset(preset, p=p)
+            if preset not in layers:
+                layers[preset] = pack(inputs.keys, inputs.values, settings, batch)
+            layer = layers[preset]
+            found = check(name, inputs, layer.first(), settings)
+            run = _attend(layer, query, inputs, settings)
+            _require_equal_rows(name, run(), found["tolerance"])
+            ours[name], checks[name], num_bytes[name] = run, found, layer.nbytes
+    times = _time(inputs, query, ours, faults, setting, is_flex=is_flex)
+    plain_bytes = batch * (inputs.keys.nbytes + inputs.values.nbytes)
+    for row in times["entrants"]:
+        row |= {"bytes_stored": num_bytes.get(row["name"], plain_bytes), "check": checks.get(row["name"])}
+    return {"context": context, "batch": batch, "faults": faults, **times}
+
+
+def check(name: str, inputs: AttentionInputs, layer: PackedLayer, settings: TwilightConfig) -> dict[str, Any]:
+    """Compare one request with the float64 definition on the same pages; count what it keeps.
 
     Raises:
-        ArithmeticError: a kernel of ours whose output is wrong; nothing of that context is timed then.
+        ArithmeticError: the output is wrong.
     """
-    for context in sizes.contexts:
-        inputs = make_inputs(sizes.shape, context, seed, device, dtype)
-        packed, checks = {}, {}
-        for name, preset in _CODECS.items():
-            settings = TwilightConfig.preset(preset, p=_P)
-            packed[name] = settings, pack(inputs.keys, inputs.values, settings, 1)
-            for p in (_P, 1.0):
-                checks[f"{name}, p = {p:g}"] = _check(f"{name}, p = {p:g}", inputs, packed[name][1], settings, p)
-        for batch in sizes.batches:
-            yield {
-                "part": "decode", "context": context, "batch": batch,
-                **_time(inputs, batch, sizes, checks, is_flex=(context, batch) in sizes.flex_at),
-            }  # fmt: skip
-
-
-def _check(
-    name: str, inputs: AttentionInputs, layer: PackedLayer, settings: TwilightConfig, p: float
-) -> dict[str, Any]:
-    """Compare one request with the float64 definition on the same pages; count what it keeps."""
+    p = settings.p
     stats = torch.zeros(1, inputs.query.shape[1], 5, dtype=torch.float64, device=inputs.query.device)
     options: dict[str, Any] = {"min_keep": settings.min_keep, "min_sparse_len": settings.min_sparse_len}
+    begin = time.monotonic()
     out = layer.attend(inputs.query, inputs.scaling, p, stats=stats, **options)
+    largest = float(out.abs().max())  # waits for the device
+    first_s = time.monotonic() - begin
 
     def define(share: float) -> Tensor:
         return _reference.decode_attention(
@@ -76,45 +105,31 @@ def _check(
         )
     scored, needed, kept, mass, _ = stats[0].mean(0).tolist()
     return {
-        "error": error, "tolerance": tolerance, "packed_tokens": scored, "needed": needed, "kept": kept,
-        "mass": mass, "kept_share": kept / max(1.0, scored), "needed_share": needed / max(1.0, scored),
+        "error": error, "tolerance": tolerance, "largest": largest, "first_call_s": first_s, "packed_tokens": scored,
+        "needed": needed, "kept": kept, "mass": mass, "kept_share": kept / max(1.0, scored),
+        "needed_share": needed / max(1.0, scored),
     }  # fmt: skip
 
 
 def _time(
-    inputs: AttentionInputs, batch: int, sizes: Sizes, checks: dict[str, dict[str, Any]], *, is_flex: bool
-) -> dict[str, Any]:
-    device = inputs.query.device
-    query = inputs.query.repeat(batch, 1, 1)
-    ours: dict[str, Run] = {}
-    num_bytes: dict[str, int] = {}
-    for name, preset in _CODECS.items():
-        settings = TwilightConfig.preset(preset, p=_P)
-        layer = pack(inputs.keys, inputs.values, settings, batch)
-        for p in (_P, 1.0):
-            label = f"{name}, p = {p:g}"
-            ours[label] = _attend(layer, query, inputs, settings, p)
-            num_bytes[label] = layer.nbytes
-            _require_equal_rows(label, ours[label](), checks[label]["tolerance"])
-    dense, refused = _dense(inputs, query, batch, is_flex)
-    entrants = {name: gpu_timing.prepare(found, device) for name, found in {**ours, **dense}.items()}
-    times = gpu_timing.interleave(entrants, device, sizes.budget_s)
-    plain_bytes = batch * (inputs.keys.nbytes + inputs.values.nbytes)
-    rows = [
-        {
-            "name": name, "is_ours": name in ours, "launch": entrants[name].launch, "ms": times[name],
-            "bytes_stored": num_bytes.get(name, plain_bytes), "check": checks.get(name),
-        }
-        for name in entrants
-    ]  # fmt: skip
-    prune = _prune_names()
-    shares = {name: gpu_timing.kernel_shares(found, prune, device) for name, found in ours.items() if "0.95" in name}
+    inputs: AttentionInputs, query: Tensor, ours: dict[str, Run], faults: dict[str, str], setting: Setting, *,
+    is_flex: bool,
+) -> dict[str, Any]:  # fmt: skip
+    device = setting.device
+    dense, refused = _dense(inputs, query, is_flex)
+    entrants = prepare_all(ours, faults, device) | prepare_all(dense, refused, device)
+    rows = gpu_timing.time_rows(entrants, set(ours), device, setting.sizes.budget_s)
+    prune, shares = _prune_names(), dict[str, float | None]()
+    for name in entrants:
+        if name in ours and LABELS[name][1] < 1.0:
+            with attempt(faults, f"{name}, profile", device):
+                shares[name] = gpu_timing.kernel_shares(ours[name], prune, device)
     return {"entrants": rows, "refused": refused, "top_p_share": shares}
 
 
-def _attend(layer: PackedLayer, query: Tensor, inputs: AttentionInputs, settings: TwilightConfig, p: float) -> Run:
+def _attend(layer: PackedLayer, query: Tensor, inputs: AttentionInputs, settings: TwilightConfig) -> Run:
     options = {"min_keep": settings.min_keep, "min_sparse_len": settings.min_sparse_len}
-    batch = query.shape[0]
+    batch, p = query.shape[0], settings.p
     new_key, new_value = (x[:, :, -1].repeat(batch, 1, 1) for x in (inputs.keys, inputs.values))
     return lambda: layer.attend(query, inputs.scaling, p, new_key=new_key, new_value=new_value, **options)
 
@@ -128,8 +143,9 @@ def _require_equal_rows(name: str, out: Tensor, tolerance: float) -> None:
         )
 
 
-def _dense(inputs: AttentionInputs, query: Tensor, batch: int, is_flex: bool) -> tuple[dict[str, Run], dict[str, str]]:
+def _dense(inputs: AttentionInputs, query: Tensor, is_flex: bool) -> tuple[dict[str, Run], dict[str, str]]:
     """Dense entrants that run here and are right, and why the others are left out."""
+    batch = query.shape[0]
     keys, values = (x.expand(batch, -1, -1, -1).contiguous() for x in (inputs.keys, inputs.values))
     kv_heads = keys.shape[1]
     grouped = inputs.query[0].double().unflatten(0, (kv_heads, -1))
@@ -141,19 +157,20 @@ def _dense(inputs: AttentionInputs, query: Tensor, batch: int, is_flex: bool) ->
     for name, entrant in gpu_dense.decode_entrants(query, keys, values, inputs.scaling).items():
         made[name] = lambda entrant=entrant: entrant  # type: ignore[misc]
     if is_flex:
+        made = {name: make for name, make in made.items() if name in _BESIDE_FLEX}
 
         def flex() -> Run:
             found = gpu_dense.flex_entrant(query[:, :, None], keys, values, inputs.scaling, is_causal=False)
             return lambda: found()[:, :, 0]
 
-        made["flex_attention, compiled"] = flex
+        made[_FLEX] = flex
     entrants, refused = dict[str, Run](), dict[str, str]()
     for name, make in made.items():
         try:
             entrants[name] = make()
             reason = reject_reason(entrants[name]()[-1], exact)
         except (RuntimeError, MemoryError, ValueError) as error:  # RuntimeError: a backend that takes no such shapes
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            reason = told(error)
         if reason:
             refused[name] = reason
             entrants.pop(name, None)

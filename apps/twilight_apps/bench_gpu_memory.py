@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,18 +13,19 @@ from hf_twilight import TwilightConfig
 from twilight_kernels import KeyPages, ValuePages, key_token_bytes, value_token_bytes
 
 from .gpu_sizes import Sizes
+from .gpu_units import Setting, Unit
 
 
-def run(sizes: Sizes, device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[dict[str, Any]]:
-    """Yield one result for each preset, and for the stock cache's layout; ``seed`` is not needed."""
+def units(_: Sizes) -> Iterator[Unit]:
+    """Each preset, and the stock cache's layout."""
     for name, preset in (("K2V2", "compact"), ("K3V3", "balanced"), ("K4V4", "quality"), ("stock", None)):
-        settings = None if preset is None else TwilightConfig.preset(preset)
-        yield {
-            "part": "memory",
-            "name": name,
-            "tokens": sizes.memory_tokens,
-            **_allocate(sizes, settings, device, dtype),
-        }
+        yield Unit(name, 8, functools.partial(_run, preset))
+
+
+def _run(preset: str | None, setting: Setting) -> dict[str, Any]:
+    sizes = setting.sizes
+    settings = None if preset is None else TwilightConfig.preset(preset)
+    return {"tokens": sizes.memory_tokens, **_allocate(sizes, settings, setting.device, setting.dtype)}
 
 
 def weight_count(sizes: Sizes) -> int:

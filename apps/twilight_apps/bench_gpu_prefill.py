@@ -5,6 +5,7 @@ Regime: one prompt at once, causal, nothing cached; entrants in turns, a cold L2
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,43 +19,54 @@ from . import gpu_dense, gpu_timing
 from .gpu_check import error_of, reject_reason, tolerance_of
 from .gpu_inputs import make_inputs, make_rows
 from .gpu_sizes import Sizes
+from .gpu_units import Setting, Unit, prepare_all, told
 
 _TIE_SHARE = 1e-3  # of the stripes that the checked strips may choose otherwise than float64: ties at a bar
+
+_BESIDE_FLEX = ("sdpa, enable_gqa", "sdpa flash, enable_gqa")  # its compilation is long: a unit of its own
 
 Run = Callable[[], Tensor]
 
 
-def run(sizes: Sizes, device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[dict[str, Any]]:
-    """Yield one result for each length of prompt.
+def units(sizes: Sizes) -> Iterator[Unit]:
+    """Each length of prompt, and FlexAttention last."""
+    for index, tokens in enumerate(sizes.prompts):
+        yield Unit(f"{tokens:,}", 3 + 3 * index, functools.partial(_run, tokens, is_flex=False))
+    if sizes.flex_prompt:
+        yield Unit(f"{sizes.flex_prompt:,}, flex", 91, functools.partial(_run, sizes.flex_prompt, is_flex=True))
+
+
+def _run(tokens: int, setting: Setting, *, is_flex: bool) -> dict[str, Any]:
+    """Check the last strip at this length, then time.
 
     Raises:
-        ArithmeticError: a kernel of ours whose output is wrong; that length is not timed then.
+        ArithmeticError: what is ours is wrong; nothing is timed then.
     """
-    plan = TwilightConfig.preset("balanced").stripe_plan
-    for tokens in sizes.prompts:
-        made = make_inputs(sizes.shape, tokens, seed, device, dtype)
-        query, keys, values = make_rows(made, seed), made.keys, made.values
-        padding = torch.zeros(1, dtype=torch.int32, device=device)
-        check = _check(query, keys, values, plan, made.scaling, padding)
-        mask, report = select_stripes(query, keys, plan, scaling=made.scaling, padding=padding)
-        ours = _ours(query, keys, values, mask, plan, made.scaling, padding)
-        dense, refused = _dense(query, keys, values, made.scaling, is_flex=tokens == sizes.flex_prompt)
-        entrants = {name: gpu_timing.prepare(found, device) for name, found in {**ours, **dense}.items()}
-        times = gpu_timing.interleave(entrants, device, 3 * sizes.budget_s)
-        rows = [
-            {"name": name, "is_ours": name in ours, "launch": entrants[name].launch, "ms": times[name]}
-            for name in entrants
-        ]
-        yield {
-            "part": "prefill", "tokens": tokens, "entrants": rows, "refused": refused, "check": check,
-            "kept": _kept(report, plan, tokens),
-        }  # fmt: skip
+    plan, device = TwilightConfig.preset("balanced").stripe_plan, setting.device
+    made = make_inputs(setting.sizes.shape, tokens, setting.seed, device, setting.dtype)
+    query, keys, values = make_rows(made, setting.seed), made.keys, made.values
+    padding = torch.zeros(1, dtype=torch.int32, device=device)
+    found = check(query, keys, values, plan, made.scaling, padding)
+    mask, report = select_stripes(query, keys, plan, scaling=made.scaling, padding=padding)
+    ours = _ours(query, keys, values, mask, plan, made.scaling, padding)
+    dense, refused = _dense(query, keys, values, made.scaling, is_flex=is_flex)
+    faults = dict[str, str]()
+    entrants = prepare_all(ours, faults, device) | prepare_all(dense, refused, device)
+    rows = gpu_timing.time_rows(entrants, set(ours), device, 3 * setting.sizes.budget_s)
+    return {
+        "tokens": tokens, "entrants": rows, "refused": refused, "check": found, "kept": _kept(report, plan, tokens),
+        "faults": faults,
+    }  # fmt: skip
 
 
-def _check(
+def check(
     query: Tensor, keys: Tensor, values: Tensor, plan: StripePlan, scaling: float, padding: Tensor
 ) -> dict[str, float]:
-    """Compare the last strip with the float64 definition: what it chooses, and what it attends to."""
+    """Compare the last strip with the float64 definition: what it chooses, and what it attends to.
+
+    Raises:
+        ArithmeticError: either is wrong.
+    """
     last = query[:, :, -plan.strip :]
     mask, report = select_stripes(last, keys, plan, scaling=scaling, padding=padding)
     wide, told = _reference.select_stripes(last.double(), keys.double(), plan, scaling=scaling, padding=padding)
@@ -105,6 +117,7 @@ def _dense(
     for name, entrant in gpu_dense.prefill_entrants(query, keys, values, scaling).items():
         made[name] = lambda entrant=entrant: entrant  # type: ignore[misc]
     if is_flex:
+        made = {name: make for name, make in made.items() if name in _BESIDE_FLEX}
         made["flex_attention, compiled"] = lambda: gpu_dense.flex_entrant(
             query, keys, values, scaling, is_causal=True
         )  # fmt: skip
@@ -119,7 +132,7 @@ def _dense(
             else:
                 entrants[name] = found
         except (RuntimeError, ValueError) as reason:  # a backend that takes no such shapes
-            refused[name] = f"{type(reason).__name__}: {str(reason).splitlines()[0]}"
+            refused[name] = told(reason)
             if keys.is_cuda:
                 torch.cuda.empty_cache()
     return entrants, refused

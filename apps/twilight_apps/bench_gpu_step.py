@@ -20,12 +20,12 @@ from . import gpu_timing, models
 from .gpu_check import error_of
 from .gpu_inputs import PackedLayer, pack
 from .gpu_sizes import Sizes
+from .gpu_units import Setting, Unit, attempt, prepare_all
 from .synthetic import draw_exponents, keys_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_RAW = "pages of the model's dtype, p = 1"
 _PRESETS = {"K2V2, p = 0.95": "compact", "K4V4, p = 0.95": "quality"}
 _P = 0.95
 _TOKEN = 5
@@ -35,53 +35,57 @@ _TOLERANCE = 0.05  # of the largest logit: what the order of sums moves in the m
 Run = Callable[[], Tensor]
 
 
-def run(sizes: Sizes, device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[dict[str, Any]]:
-    """Yield the one result.
+def units(sizes: Sizes) -> Iterator[Unit]:
+    """The one."""
+    yield Unit(f"{sizes.step_context:,}", 2, _run)
+
+
+def _run(setting: Setting) -> dict[str, Any]:
+    """Compare our step over unrounded pages with the stock cache's, then time those over packed pages.
 
     Raises:
-        ArithmeticError: our step over unrounded pages disagrees with the stock cache; nothing is timed then.
+        ArithmeticError: they disagree; nothing is timed then.
     """
-    model = _model(sizes, device, dtype, seed)
-    fill = _Fill(sizes, seed)
+    sizes, device = setting.sizes, setting.device
+    model = make_model(sizes, device, setting.dtype, setting.seed)
+    fill = _Fill(sizes, setting.seed)
+    faults, refused, steps = dict[str, str](), dict[str, str](), dict[str, Run]()
     with torch.inference_mode():
         _ours(model, fill, sizes)()
-        settings = {name: TwilightConfig.preset(preset, p=_P) for name, preset in _PRESETS.items()}
-        settings[_RAW] = TwilightConfig.preset("exact", page_size=64)
-        steps = {
-            name: _ours(model, _PackedStep(found, [pack(k, v, found, 1) for k, v in fill.layers]), sizes)
-            for name, found in settings.items()
-        }
         stock = _stock(model, fill.layers, sizes)
-        entrants, refused = dict[str, gpu_timing.Entrant](), dict[str, str]()
-        expected = stock["stock, dynamic cache"]()
-        error, largest = error_of(steps[_RAW](), expected), float(expected.abs().max())
-        if not error <= _TOLERANCE * largest:
-            raise ArithmeticError(
-                f"a step over unrounded pages must give the stock logits to be timed, got a difference of {error:.3g} "
-                f"where the largest is {largest:.3g}; run the kernels' tests"
-            )
-        del steps[_RAW]  # it needs the room of another full cache
-        for name, found in {**steps, **stock}.items():
-            try:
-                entrants[name] = gpu_timing.prepare(found, device)
-            except (
-                RuntimeError,
-                TypeError,
-                AttributeError,
-            ) as reason:  # a version's static cache may lack what is used
-                refused[name] = f"{type(reason).__name__}: {str(reason).splitlines()[0]}"
-        times = gpu_timing.interleave(entrants, device, 5 * sizes.budget_s)
-    rows = [
-        {"name": name, "is_ours": name in steps, "launch": entrants[name].launch, "ms": times[name]}
-        for name in entrants
-    ]
-    yield {
-        "part": "step", "context": sizes.step_context, "model": {**sizes.model, "shape": sizes.shape}, "entrants": rows,
-        "refused": refused, "check": {"error": error, "largest_logit": largest},
+        checked = _check(_packed(model, fill, sizes, TwilightConfig.preset("exact", page_size=64)), stock)
+        for name, preset in _PRESETS.items():
+            if name in setting.excluded:
+                faults[name] = "failed its check"
+                continue
+            with attempt(faults, name, device):
+                steps[name] = _packed(model, fill, sizes, TwilightConfig.preset(preset, p=_P))
+        entrants = prepare_all(steps, faults, device)
+        entrants |= prepare_all(stock, refused, device)  # a version's static cache may lack what is used
+        rows = gpu_timing.time_rows(entrants, set(steps), device, 5 * sizes.budget_s)
+    return {
+        "context": sizes.step_context, "model": {**sizes.model, "shape": sizes.shape}, "entrants": rows,
+        "refused": refused, "check": checked, "faults": faults,
     }  # fmt: skip
 
 
-def _model(sizes: Sizes, device: torch.device, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+def _packed(model: PreTrainedModel, fill: _Fill, sizes: Sizes, settings: TwilightConfig) -> Run:
+    return _ours(model, _PackedStep(settings, [pack(k, v, settings, 1) for k, v in fill.layers]), sizes)
+
+
+def _check(raw: Run, stock: dict[str, Run]) -> dict[str, float]:
+    expected = stock["stock, dynamic cache"]()
+    error, largest = error_of(raw(), expected), float(expected.abs().max())
+    if not error <= _TOLERANCE * largest:
+        raise ArithmeticError(
+            f"a step over unrounded pages must give the stock logits to be timed, got a difference of {error:.3g} "
+            f"where the largest is {largest:.3g}; run the kernels' tests"
+        )
+    return {"error": error, "largest_logit": largest}
+
+
+def make_model(sizes: Sizes, device: torch.device, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    """Make the Llama that ``sizes`` describe, of random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     heads, kv_heads, head_dim = sizes.shape

@@ -12,7 +12,7 @@ from .environment import print_json
 from .session import session
 
 CAPABILITIES = [80, 90, 100]
-PARTS = ["decode", "prefill", "step", "memory"]
+PARTS = ["check", "decode", "step", "prefill", "memory"]
 EXIT_FAULT = 1
 
 
@@ -44,14 +44,15 @@ def aot(
 
 
 def gpu(
-    out: Annotated[Path, typer.Option(help="Folder for bench-gpu.json, written after each result.")],
+    out: Annotated[Path, typer.Option(help="Folder for bench-gpu.json; what passed in it already is kept.")],
     parts: Annotated[
-        list[str], typer.Option("--part", help="decode, prefill, step or memory; repeatable. Default: all.")
+        list[str], typer.Option("--part", help="check, decode, step, prefill or memory; repeatable. Default: all.")
     ] = PARTS,
     toy: Annotated[
         bool, typer.Option("--toy", help="Walk the whole path at toy sizes on the CPU; nothing is measured.")
     ] = False,
-    budget_s: Annotated[float, typer.Option(help="Seconds after which no further result is begun.")] = 540.0,
+    budget_s: Annotated[float, typer.Option(help="Seconds that all may take; the next call goes on.")] = 570.0,
+    unit_s: Annotated[float, typer.Option(help="Seconds that one unit may take, compilation included.")] = 200.0,
     seed: options.Seed = 0,
     verbose: options.Verbose = 0,
     quiet: options.Quiet = False,
@@ -62,7 +63,10 @@ def gpu(
     decode step of such a model at 131,072 tokens, and the cache of a million tokens beside its weights. Needs no
     network and no weights.
 
-    Exit status: 1 if a kernel was wrong, and was not timed for it.
+    Every unit (a check of a kernel, a context and batch, a prompt's length, a preset) passes or fails by itself and is
+    written when it ends. Call again with the same folder to go on: what failed is tried again, what passed is not.
+
+    Exit status: 1 if anything failed; what is wrong is not timed.
 
     \b
     Examples:
@@ -73,6 +77,6 @@ def gpu(
     with session(verbose=verbose, quiet=quiet, seed=seed):
         from .bench_gpu import run
 
-        result = run(out, parts, is_toy=toy, budget_s=budget_s, seed=seed)
-    if result["failures"]:
+        result = run(out, parts, is_toy=toy, budget_s=budget_s, unit_s=unit_s, seed=seed)
+    if any(unit["message"] for unit in result["units"]):
         raise typer.Exit(EXIT_FAULT)

@@ -12,10 +12,11 @@ class Sizes:
 
     Attributes:
         shape: query heads, KV heads, head dim.
-        contexts, batches: of decode.
-        prompts: tokens of prefill.
-        flex_at: contexts and batches at which FlexAttention, which compiles for long, takes part in decode.
-        flex_prompt: tokens at which it does in prefill.
+        decode: contexts and batches, those worth most first.
+        prompts: tokens of prefill, those worth most first.
+        flex_at: context and batch at which FlexAttention, which compiles for long, is timed in decode, if at all.
+        flex_prompt: tokens at which it is in prefill; 0 for nowhere.
+        check_context: tokens at which kernels are checked.
         step_context: tokens in the cache of a whole model's step.
         model: what its configuration is changed by.
         memory_tokens: of the largest cache.
@@ -23,11 +24,11 @@ class Sizes:
     """
 
     shape: tuple[int, int, int]
-    contexts: tuple[int, ...]
-    batches: tuple[int, ...]
+    decode: tuple[tuple[int, int], ...]
     prompts: tuple[int, ...]
-    flex_at: tuple[tuple[int, int], ...]
+    flex_at: tuple[int, int] | None
     flex_prompt: int
+    check_context: int
     step_context: int
     model: dict[str, Any]
     memory_tokens: int
@@ -36,11 +37,21 @@ class Sizes:
 
 FULL = Sizes(
     shape=(32, 8, 128),
-    contexts=(8192, 32768, 131072),
-    batches=(1, 8, 64),
-    prompts=(8192, 32768, 131072),
-    flex_at=((131072, 8),),
+    decode=(
+        (131072, 8),
+        (8192, 1),
+        (131072, 1),
+        (32768, 8),
+        (131072, 64),
+        (32768, 1),
+        (8192, 8),
+        (32768, 64),
+        (8192, 64),
+    ),
+    prompts=(131072, 32768, 8192),
+    flex_at=(131072, 8),
     flex_prompt=131072,
+    check_context=8192,
     step_context=131072,
     model={"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256},
     memory_tokens=1 << 20,
@@ -48,11 +59,11 @@ FULL = Sizes(
 )
 TOY = Sizes(
     shape=(4, 2, 16),
-    contexts=(1160,),
-    batches=(1, 2),
+    decode=((1160, 2), (1160, 1)),
     prompts=(300,),
-    flex_at=(),
+    flex_at=None,
     flex_prompt=0,
+    check_context=1160,
     step_context=260,
     model={"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64},
     memory_tokens=1000,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,17 @@ def interleave(entrants: Mapping[str, Entrant], device: torch.device, budget_s: 
         for name in names[start:] + names[:start]:
             times.setdefault(name, []).append(_run_ms(entrants[name].run, flush))
     return {name: timing.summary(times[name]) for name in names}
+
+
+def time_rows(
+    entrants: Mapping[str, Entrant], ours: Collection[str], device: torch.device, budget_s: float
+) -> list[dict[str, Any]]:
+    """Time entrants in turns; one row each, ready for JSON."""
+    times = interleave(entrants, device, budget_s)
+    return [
+        {"name": name, "is_ours": name in ours, "launch": found.launch, "ms": times[name]}
+        for name, found in entrants.items()
+    ]
 
 
 def kernel_shares(run: Callable[[], object], names: set[str], device: torch.device) -> float | None:
