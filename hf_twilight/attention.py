@@ -64,6 +64,8 @@ def twilight_mask(
     )  # fmt: skip
     if mask is not None and mask_function is causal_mask_function and kv_offset == 0:
         padding = [0] * batch_size if attention_mask is None else _left_padding(attention_mask, kv_length)
+        if q_length == 1:  # generate makes it contiguous where steps come from graphs, and a copy has no attributes
+            mask = mask.contiguous()
         setattr(mask, _PADDING, padding)
     return mask
 
@@ -121,6 +123,11 @@ def twilight_attention(
     if query.shape[2] > 1:
         layer.observe(query, query.shape[-1] ** -0.5 if scaling is None else scaling)
     return _stock(module, query, key, value, attention_mask, scaling, dropout, kwargs)
+
+
+def padding_of(mask: Tensor, tokens: int) -> list[int] | None:
+    """Left padding of each row, as a mask ``[B, S]`` or one that ``twilight_mask`` built tells; None if it does not."""
+    return _left_padding(mask, tokens) if mask.dim() == 2 else getattr(mask, _PADDING, None)
 
 
 @contextmanager

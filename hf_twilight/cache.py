@@ -22,6 +22,8 @@ from .signature import require_fit
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from .decode_graph import DecodeGraph
+
 logger = logging.getLogger(__name__)
 
 
@@ -63,6 +65,7 @@ class TwilightCache(DynamicCache):
         require_fit(self.settings, decoder, len(self.layers))
         self.model_config = decoder
         self.token_ids: Tensor | None = None  # what the cache was saved with
+        self.graph: DecodeGraph | None = None  # what generate decodes with on GPUs, see decode_call.py
         self.sequences = SequenceBatch(self.settings.layout, PagePool(max_pages))
         stock = Counter(_reason(layer) for layer in self.layers if type(layer) is not DynamicLayer)
         for index, layer in enumerate(self.layers):
@@ -79,6 +82,11 @@ class TwilightCache(DynamicCache):
     def twilight_layers(self) -> list[TwilightLayer]:
         """The layers whose storage is ours."""
         return [layer for layer in self.layers if isinstance(layer, TwilightLayer)]
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` may ask for a compiled call: it gets the steps of ``graph``, see ``decode_call.py``."""
+        return self.graph is not None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last ``-tokens_to_remove`` tokens back from every sequence; 0 settles a draft.
@@ -139,7 +147,7 @@ class TwilightCache(DynamicCache):
         memo[id(self.model_config)] = self.model_config
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        vars(twin).update(copy.deepcopy(vars(self), memo))
+        vars(twin).update(copy.deepcopy({**vars(self), "graph": None}, memo))
         return twin
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:

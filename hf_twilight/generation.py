@@ -2,7 +2,8 @@
 
 Two guarded patches, inert for every other value: the tuple of allowed names in
 ``transformers.generation.configuration_utils`` and ``GenerationMixin._prepare_cache_for_generation``. If Transformers
-does not look as expected, neither is applied and a warning says what to write instead.
+does not look as expected, neither is applied and a warning says what to write instead. A third, in ``decode_call``, is
+for CUDA graphs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .attention import ATTENTION_NAME
 from .cache import TwilightCache
 from .cache_name import CACHE_NAME, allow_name, forbid_name, is_name_allowed
 from .config import TwilightConfig, as_config
+from .decode_call import offer_graph, patch_call, unpatch_call
 
 logger = logging.getLogger(__name__)
 
@@ -105,12 +107,14 @@ def patch() -> bool:
         return False
     if not hasattr(method, _MARK):
         setattr(GenerationMixin, _METHOD, _wrapped(method))
+    patch_call()
     return True
 
 
 def unpatch() -> None:
-    """Take both patches back; a wrapper that another library put on top of ours stays, and ours stays under it."""
+    """Take all patches back; a wrapper that another library put on top of ours stays, and ours stays under it."""
     forbid_name(configuration_utils)
+    unpatch_call()
     method = getattr(GenerationMixin, _METHOD)
     ours, original = getattr(method, _MARK, (None, None))
     if ours is method:
@@ -138,6 +142,7 @@ def _wrapped(method: Any) -> Any:
         if given is not None or generation_config.use_cache is False:
             if isinstance(given, TwilightCache) and not generation_config.output_attentions:
                 _use_attention(self)
+                offer_graph(self, given)
             return method(self, generation_config, model_kwargs, *args, **kwargs)
         if self.config.is_encoder_decoder or not self._supports_default_dynamic_cache():
             raise ValueError(
@@ -147,6 +152,7 @@ def _wrapped(method: Any) -> Any:
         cache = TwilightCache(self.config, _settings(settings, generation_config.cache_config))
         if not generation_config.output_attentions:
             _use_attention(self)
+            offer_graph(self, cache)
         elif hasattr(self, _STOCK):  # only the model's own attention makes weights
             self.set_attn_implementation(getattr(self, _STOCK))
         model_kwargs["past_key_values"] = cache

@@ -47,6 +47,14 @@ class DecodeStats:
             self._coverage = self._coverage + torch.where(is_whole, 1.0, known)
         return self.sums
 
+    def count_whole(self, steps: int) -> None:
+        """Count ``steps`` more (less, if negative) that add to ``sums`` without ``begin``, every token a candidate.
+
+        A captured graph adds to the sums each time it is replayed, and not when it is captured.
+        """
+        self.steps += steps
+        self._num_whole += steps
+
     def select_rows(self, index: Tensor) -> None:
         """Keep, repeat or reorder rows."""
         if self.sums is not None:

@@ -91,6 +91,12 @@ class LayerStore:
             self.flush(step.flushes)
         return out
 
+    def make_room(self, step: Step) -> None:
+        """Make room for a step of one token, and for all pages of the pool, so that tensors stay where they are."""
+        assert self.plain is not None
+        self._prepare(step, self.plain.keys, self.plain.values)
+        self._grow_pages()
+
     def attend(
         self, query: Tensor, scaling: float, step: Step, new_key: Tensor | None, new_value: Tensor | None
     ) -> Tensor:
@@ -101,7 +107,7 @@ class LayerStore:
         self, query: Tensor, scaling: float, step: Step, new_key: Tensor | None, new_value: Tensor | None
     ) -> Tensor:
         assert isinstance(self.keys, KeyPages) and isinstance(self.values, ValuePages) and self.plain is not None
-        block_table, num_pages, plain_len = _tables(step, query.device)
+        block_table, num_pages, plain_len = step.tables(query.device)
         policy, selection = self.policy, self.select(query, scaling, step)
         min_pages = -(-policy.min_sparse_len // self.key_codec.page_size)
         return decode_attention(
@@ -128,7 +134,7 @@ class LayerStore:
         pages = step.most_pages
         if not pages or pages * self.key_codec.page_size < self.policy.min_sparse_len:
             return None
-        block_table, num_pages, plain_len = _tables(step, query.device)
+        block_table, num_pages, plain_len = step.tables(query.device)
         view = self._view(block_table, num_pages, plain_len - 1, scaling)
         return self.policy.selector.select(self.refined.widen_query(query), view)
 
@@ -337,12 +343,6 @@ class LayerStore:
         if capacity > self.keys.num_pages:
             self.keys = changed(self.keys, lambda t: _grown(t, capacity))
             self.values = changed(self.values, lambda t: _grown(t, capacity))
-
-
-def _tables(step: Step, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Block table, pages and plain tokens of each row, where the layer's tensors are."""
-    tables = step.block_table, step.num_pages, step.plain_len
-    return tables if device.type == "cpu" else tuple(table.to(device) for table in tables)  # type: ignore[return-value]
 
 
 def _grown(tensor: Tensor, capacity: int) -> Tensor:

@@ -38,6 +38,14 @@ class PagePool:
             self._owners[page] = 1
         return taken
 
+    def reserve(self, count: int) -> None:
+        """Grow until ``count`` pages are free, as far as ``max_pages`` lets it."""
+        needed = self.num_used + count
+        if self.max_pages is not None:
+            needed = min(needed, self.max_pages)
+        if needed > self.capacity:
+            self._grow(needed)
+
     def retain(self, pages: Iterable[int]) -> None:
         """Add an owner to each page."""
         for page in pages:

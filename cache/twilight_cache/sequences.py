@@ -82,6 +82,13 @@ class Step:
     num_pages: Tensor
     plain_len: Tensor
     block_table: Tensor
+    _placed: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Block table, pages and plain tokens of each row on ``device``, copied there once for all of its layers."""
+        if self._placed is None or self._placed[0].device != device:
+            self._placed = self.block_table.to(device), self.num_pages.to(device), self.plain_len.to(device)
+        return self._placed
 
 
 @dataclass(frozen=True)
