@@ -2,7 +2,8 @@
 
 Regime: one request, a long prompt already in the cache, one token a forward. The stock cache and every preset
 take turns token by token, so that noise of the machine hits all alike; all are fed the stock cache's choices,
-so that their contexts stay the same and their own choices can be compared step by step.
+so that their contexts stay the same and their own choices can be compared step by step. On GPUs our steps come from a
+CUDA graph, as they do in ``generate``; the stock cache's are launched one by one, as in ``generate``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_twilight import TwilightCache
+from hf_twilight.decode_call import offer_graph
 
 from . import documents, models, tables, timing
 
@@ -55,9 +57,13 @@ class Entrant:
         # processor's caches cold
         model.config._attn_implementation = self.attention
         found: list[Tensor] = []
+        graph = self.cache.graph if isinstance(self.cache, TwilightCache) else None
         position = torch.tensor([[self.tokens]], device=model.device)
 
         def forward() -> None:
+            if graph is not None:
+                found.append(graph.step(token, position)[:, None])
+                return
             out = model(input_ids=token, position_ids=position, past_key_values=self.cache, use_cache=True)
             found.append(out.logits)
 
@@ -140,6 +146,7 @@ def _at_context(
             row |= {"kv_bytes": sizes[name], "bf16_bytes_over_kv_bytes": bf16_bytes / sizes[name]}
             row["agreement"] = same
         if isinstance(entrant.cache, TwilightCache):
+            row["launch"] = "graph" if entrant.cache.graph is not None and entrant.cache.graph.captures else "eager"
             row["decode"] = models.cache_stats(entrant.cache)
         rows.append(row)
     for row in rows:
@@ -191,6 +198,8 @@ def _filled(model: PreTrainedModel, stock: DynamicCache, config: TwilightConfig)
             )
         cache.update(keys, values, index)
     cache.memory()
+    models.use_attention(model, models.OUR_ATTENTION)
+    offer_graph(model, cache)
     return cache
 
 

@@ -21,6 +21,7 @@ import twilight_kernels
 from . import (
     bench_gpu_check,
     bench_gpu_decode,
+    bench_gpu_generate,
     bench_gpu_memory,
     bench_gpu_prefill,
     bench_gpu_report,
@@ -37,7 +38,7 @@ FILE_NAME = "bench-gpu.json"
 PASSED, FAILED = "passed", "failed"
 PARTS: dict[str, Any] = {  # of units of equal rank, those of the first part go first
     "check": bench_gpu_check, "decode": bench_gpu_decode, "step": bench_gpu_step, "prefill": bench_gpu_prefill,
-    "memory": bench_gpu_memory,
+    "generate": bench_gpu_generate, "memory": bench_gpu_memory,
 }  # fmt: skip
 _LEAST_S = 15.0  # a unit is not begun with less time left
 _SAME = ("is_toy", "seed", "device", "kernels", "versions")  # what results must share to stand in one file

@@ -12,7 +12,7 @@ from .environment import print_json
 from .session import session
 
 CAPABILITIES = [80, 90, 100]
-PARTS = ["check", "decode", "step", "prefill", "memory"]
+PARTS = ["check", "decode", "step", "prefill", "generate", "memory"]
 EXIT_FAULT = 1
 
 
@@ -46,7 +46,8 @@ def aot(
 def gpu(
     out: Annotated[Path, typer.Option(help="Folder for bench-gpu.json; what passed in it already is kept.")],
     parts: Annotated[
-        list[str], typer.Option("--part", help="check, decode, step, prefill or memory; repeatable. Default: all.")
+        list[str],
+        typer.Option("--part", help="check, decode, step, prefill, generate or memory; repeatable. Default: all."),
     ] = PARTS,
     toy: Annotated[
         bool, typer.Option("--toy", help="Walk the whole path at toy sizes on the CPU; nothing is measured.")

@@ -18,6 +18,7 @@ class Sizes:
         flex_prompt: tokens at which it is in prefill; 0 for nowhere.
         check_context: tokens at which kernels are checked.
         step_context: tokens in the cache of a whole model's step.
+        generate_context, generate_tokens: tokens of the prompt, and of the answer, of ``generate``.
         model: what its configuration is changed by.
         memory_tokens: of the largest cache.
         budget_s: seconds of timing one configuration.
@@ -30,6 +31,8 @@ class Sizes:
     flex_prompt: int
     check_context: int
     step_context: int
+    generate_context: int
+    generate_tokens: int
     model: dict[str, Any]
     memory_tokens: int
     budget_s: float
@@ -53,6 +56,8 @@ FULL = Sizes(
     flex_prompt=131072,
     check_context=8192,
     step_context=131072,
+    generate_context=8192,
+    generate_tokens=129,
     model={"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256},
     memory_tokens=1 << 20,
     budget_s=2.0,
@@ -65,6 +70,8 @@ TOY = Sizes(
     flex_prompt=0,
     check_context=1160,
     step_context=260,
+    generate_context=300,
+    generate_tokens=5,
     model={"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64},
     memory_tokens=1000,
     budget_s=0.0,

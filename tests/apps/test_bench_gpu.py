@@ -157,7 +157,7 @@ def test_bench_gpu_says_what_is_missing(cli: Callable[..., Any], tmp_path: Path)
         assert "bench gpu needs a CUDA device" in result.stderr
     result = cli("bench", "gpu", "--toy", "--out", tmp_path, "--part", "sums")
     assert result.exit_code == 2
-    assert "part must be one of check, decode, step, prefill, memory, got sums" in result.stderr
+    assert "part must be one of check, decode, step, prefill, generate, memory, got sums" in result.stderr
 
 
 def test_pack_holds_what_a_cache_would_hold() -> None:
