@@ -92,7 +92,8 @@ def calibrate(
         seed: of the places.
         folder: where measurements are kept as they are made, so that an interrupted run goes on where it stopped and
             another ratio needs no new ones; None keeps them in memory.
-        on_progress: called with measurements made and to be made, before each of some seconds.
+        on_progress: called before each measurement, which takes some seconds, with those made, earlier ones
+            included, and all.
     Returns:
         The settings and the report; neither is written before ``save_pretrained``.
     Raises:
@@ -155,9 +156,10 @@ def _measure(
         for layer in shapes
         if str(share) not in layers.get(str(layer), {}).get(kind, {})
     ]
-    for done, (layer, kind, share) in enumerate(todo):
+    total = len(_PROBES) * len(shapes)
+    for done, (layer, kind, share) in enumerate(todo, total - len(todo)):
         if on_progress is not None:
-            on_progress(done, len(todo))
+            on_progress(done, total)
         nats = drift.measure(layer, 2, 16, KEY_CLIPS[2], share) if kind == "keys" else drift.measure(layer, 16, 2, 1.0)
         found = layers.setdefault(str(layer), {"keys": {}, "values": {}, "shape": shapes[layer]})
         found[kind][str(share)] = nats

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .eval_answers import means
+from .eval_answers import means, to_dense
 from .eval_plots import COLOURS, new_figure, save
 
 if TYPE_CHECKING:
@@ -34,9 +34,8 @@ def draw_needle(result: dict[str, Any], path: Path) -> None:
         axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=9)
         axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=9)
         axis.set_xlabel("tokens")
-        difference = 100 * (overall[(name,)] - overall[("dense",)])
-        note = "" if name == "dense" else f" ({difference:+.1f} points)"
-        axis.set_title(f"{name}: {100 * overall[(name,)]:.1f} %{note}", fontsize=10)
+        note = "" if name == "dense" else f" ({to_dense(records, name)} points)"
+        axis.set_title(f"{name}: {100 * overall[(name,)]:.1f} %\n{note}", fontsize=10)
     axes[0].set_ylabel("depth of the needle")
     figure.supxlabel("a cell with a red number differs from the dense model's", fontsize=9)
     save(figure, path)
@@ -59,8 +58,8 @@ def draw_ruler(result: dict[str, Any], path: Path) -> None:
         for number, name in enumerate(names):
             places = [place - _GAP / 2 + (number + 0.5) * width for place in range(len(tasks))]
             values = [100 * scores[name, task, length] for task in tasks]
-            difference = 100 * (overall[(name,)] - overall[("dense",)])
-            label = f"{name}: {100 * overall[(name,)]:.1f}" + ("" if name == "dense" else f" ({difference:+.1f})")
+            difference = "" if name == "dense" else f" ({to_dense(records, name)})"
+            label = f"{name}: {100 * overall[(name,)]:.1f}{difference}"
             axis.bar(places, values, width, color=COLOURS[kinds[name]], alpha=shades[name], label=label)
         axis.set_xticks(range(len(tasks)), tasks, fontsize=9)
         axis.set_ylim(0, 105)

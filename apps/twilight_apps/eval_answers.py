@@ -6,6 +6,8 @@ an answer is read from packed pages; if document and question went in together, 
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -124,6 +126,18 @@ def means(records: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[tuple[
         if "score" in record:
             groups.setdefault(tuple(record[key] for key in keys), []).append(record["score"])
     return {key: sum(values) / len(values) for key, values in groups.items()}
+
+
+def to_dense(records: Sequence[dict[str, Any]], name: str) -> str:
+    """Write a method's mean score less the dense model's, in points, with its standard error over the questions."""
+    dense, found = 0.0, []
+    for record in records:
+        if record["kind"] == eval_methods.DENSE:
+            dense = record["score"]  # of the question that the next records answer
+        if record["method"] == name and "score" in record:
+            found.append(100.0 * (record["score"] - dense))
+    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else 0.0
+    return f"{statistics.fmean(found):+.1f} ± {error:.1f}"
 
 
 def _try(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .eval_answers import means
+from .eval_answers import means, to_dense
 from .eval_drift import ALL_TEXTS
 from .eval_methods import DECODE, PACKING, POLICY
 
@@ -142,7 +142,7 @@ def _answers(result: Record) -> str:
     ]
     for (name,), mean in overall.items():
         cells = [f"{100 * by_length[name, length]:.0f}" for length in lengths]
-        cells += [f"{100 * mean:.1f}", f"{100 * (mean - overall[('dense',)]):+.1f}"]
+        cells += [f"{100 * mean:.1f}", to_dense(records, name)]
         lines.append(_row([name, *cells, f"{sum(same[name]) / len(same[name]):.0%}"]))
     return "\n".join(lines)
 

@@ -73,7 +73,6 @@ def print_results(result: dict[str, Any]) -> None:
     """Print the share found by length, all depths together, with the difference from the dense model."""
     by_length = eval_answers.means(result["records"], ("method", "length"))
     overall = eval_answers.means(result["records"], ("method",))
-    dense = overall[("dense",)]
     rows = []
     for name in dict.fromkeys(r["method"] for r in result["records"]):
         own = [r for r in result["records"] if r["method"] == name]
@@ -83,7 +82,7 @@ def print_results(result: dict[str, Any]) -> None:
         same = sum(r.get("is_same", False) for r in own) / len(own)
         cells = [f"{100 * by_length[name, length]:.0f}" for length in result["lengths"]]
         mean = overall[(name,)]
-        rows.append([name, *cells, f"{100 * mean:.1f}", f"{100 * (mean - dense):+.1f}", f"{same:.0%}"])
+        rows.append([name, *cells, f"{100 * mean:.1f}", eval_answers.to_dense(result["records"], name), f"{same:.0%}"])
     count = len(result["depths"]) * result["trials"]
     columns = ["method", *(f"{n:,} tokens" for n in result["lengths"]), "mean", "to dense", "same answer"]
     title = f"{result['model']}, {result['dtype']}: needles found, per cent of {count} at each length"

@@ -93,7 +93,7 @@ def print_results(result: dict[str, Any]) -> None:
             label = value if key == "task" else f"all tasks, {value:,} tokens"
             rows.append([label, *(f"{100 * scores[name, value]:.0f}" for name in names)])
     rows.append(["mean", *(f"{100 * overall[(name,)]:.1f}" for name in names)])
-    rows.append(["mean, to dense", *(f"{100 * (overall[(name,)] - overall[('dense',)]):+.1f}" for name in names)])
+    rows.append(["mean, to dense", *(eval_answers.to_dense(records, name) for name in names)])
     same = {name: [r["is_same"] for r in records if r["method"] == name] for name in names}
     rows.append(["same answer as dense", *(f"{sum(same[name]) / len(same[name]):.0%}" for name in names)])
     title = (

@@ -69,6 +69,19 @@ def test_score_is_the_share_of_expected_strings() -> None:
     assert eval_answers.score("", ("1",)) == 0.0
 
 
+def test_to_dense_compares_question_by_question() -> None:
+    """Both lose a half of the questions; only of one method are they the dense model's."""
+    scores = {"dense": (1.0, 0.0, 1.0, 0.0), "same": (1.0, 0.0, 1.0, 0.0), "other": (0.0, 1.0, 1.0, 0.0)}
+    records = [
+        {"method": name, "kind": "dense" if name == "dense" else "preset", "score": own[question]}
+        for question in range(4)
+        for name, own in scores.items()
+    ]
+    records.append({"method": "same", "kind": "preset", "status": "failed"})
+    assert eval_answers.to_dense(records, "same") == "+0.0 ± 0.0"
+    assert eval_answers.to_dense(records, "other") == "+0.0 ± 40.8"
+
+
 @pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
 def test_needle_is_hidden_between_sentences_at_its_depth(depth: float) -> None:
     text = documents.hide_in_sentence_break(PROSE, "THE FACT.", depth)
