@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
 from twilight_cache import LayerStore, SequenceBatch, Step
-from twilight_kernels import has_kernels
+from twilight_kernels import has_kernels, largest_magnitudes
 
 from .attention import ATTENTION_NAME, Handle, pin
 from .config import TwilightConfig
@@ -232,17 +232,17 @@ class TwilightLayer(CacheLayerMixin):
                 "rows with batch_select_indices or batch_repeat_interleave"
             )
         if keys.shape[2] > 1:  # a single token is looked at when its page is packed
-            assert self.store is not None
-            self._check_range("keys", keys, self.store.key_codec.is_raw)
-            self._check_range("values", values, self.store.value_codec.is_raw)
+            self._check_range(keys, values)
 
-    def _check_range(self, name: str, tensor: Tensor, is_raw: bool) -> None:
-        if is_raw:
+    def _check_range(self, keys: Tensor, values: Tensor) -> None:
+        assert self.store is not None
+        codecs = self.store.key_codec, self.store.value_codec
+        if codecs[0].is_raw and codecs[1].is_raw:
             return
-        low, high = torch.aminmax(tensor.detach())  # NaN if any number is
-        largest = max(high.item(), -low.item())
-        if not largest <= _LARGEST:
-            raise ValueError(
-                f"{name} must be finite and at most {_LARGEST:g} to be packed, got {largest} in layer "
-                f"{self.layer_idx}; check the model's dtype for overflow, or use the preset 'exact'"
-            )
+        found = zip(("keys", "values"), largest_magnitudes(keys.detach(), values.detach()), codecs, strict=True)
+        for name, largest, codec in found:
+            if not codec.is_raw and not largest <= _LARGEST:
+                raise ValueError(
+                    f"{name} must be finite and at most {_LARGEST:g} to be packed, got {largest} in layer "
+                    f"{self.layer_idx}; check the model's dtype for overflow, or use the preset 'exact'"
+                )

@@ -1,4 +1,4 @@
-"""Sparse prefill of one layer: when it pays, which heads it is not for, and what it did.
+"""Prefill of one layer: when our attention pays, when it is sparse, which heads that is not for, and what it did.
 
 SampleAttention (arXiv 2406.15486) chooses keys from sampled rows. Some heads defeat that: each of their rows looks for
 one key that no other row wants, and the model copies what it finds, as in retrieval heads (arXiv 2404.15574). They are
@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twilight_kernels import StripePlan, attend_stripes, has_kernels, select_stripes
+from twilight_kernels import StripePlan, attend_stripes, has_kernels, has_matrix_tiles, select_stripes
 
 from .config import TwilightConfig
 
+_MIN_DENSE_ROWS = 128  # query rows from which dense attention on matrix tiles is faster than the stock function
 _PRIOR_ROWS = 96  # sampled rows that do not retrieve, which a head starts with: a first one decides nothing
 
 
@@ -36,6 +37,8 @@ class _Report:
 class SparsePrefill:
     """Attention of many query rows at once, to sinks, a window and the keys that carry the mass.
 
+    Where that does not pay, and the CPU has matrix tiles, to all keys on those. With ``alpha`` 1 it is never used.
+
     Args:
         settings: of the cache.
         layer_idx: place of the layer in the model.
@@ -44,23 +47,29 @@ class SparsePrefill:
     def __init__(self, settings: TwilightConfig, layer_idx: int) -> None:
         self.plan: StripePlan = settings.stripe_plan
         self.min_keys = settings.min_prefill_len
-        self.is_on = settings.alpha < 1.0 and layer_idx not in settings.dense_layers
+        self.is_on = settings.alpha < 1.0
+        self.is_dense_layer = layer_idx in settings.dense_layers
         self.max_retrieving = settings.max_retrieving
         self._reports: list[_Report] = []
         self._counted: Tensor | None = None  # [B, K, 2] sampled rows that retrieve, and all, of earlier forwards
 
     def pays(self, query: Tensor, keys: Tensor) -> bool:
-        """Whether ``query [B, H, T, D]`` over ``keys [B, K, S, D]`` is worth choosing keys for.
-
-        Fewer rows than a strip have too few samples to choose by; few keys are read faster than chosen.
-        """
+        """Whether ``attend`` beats the stock function for ``query [B, H, T, D]`` over ``keys [B, K, S, D]``."""
         if not self.is_on or not has_kernels(query.device, query.dtype):
             return False
-        return keys.shape[2] >= self.min_keys and query.shape[2] >= self.plan.strip
+        return self._is_sparse(query, keys) or (query.shape[2] >= _MIN_DENSE_ROWS and has_matrix_tiles(query.device))
+
+    def _is_sparse(self, query: Tensor, keys: Tensor) -> bool:
+        """Fewer rows than a strip have too few samples to choose by; few keys are read faster than chosen."""
+        return not self.is_dense_layer and keys.shape[2] >= self.min_keys and query.shape[2] >= self.plan.strip
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, padding: Sequence[int]) -> Tensor:
         """Attend the last T of S positions: ``[B, H, T, D]`` to ``[B, H, T, Dv]``; rows of padding are zero."""
-        mask = self.choose(query, keys, scaling, padding)
+        if self._is_sparse(query, keys):
+            mask = self.choose(query, keys, scaling, padding)
+        else:
+            shape = *keys.shape[:2], self.plan.max_strips(query.shape[2]), -(-keys.shape[2] // 8)
+            mask = torch.full(shape, 255, dtype=torch.uint8, device=query.device)
         pads = torch.tensor(padding, dtype=torch.int32, device=query.device)
         return attend_stripes(query, keys, values, mask, self.plan, scaling=scaling, padding=pads)
 

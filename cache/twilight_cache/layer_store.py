@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from twilight_kernels import (
     ValueCodec,
     ValuePages,
     decode_attention,
+    store_tokens,
 )
 from twilight_kernels.skvq import SkvqCodec, SkvqPages
 
@@ -141,8 +143,9 @@ class LayerStore:
     def observe(self, queries: Tensor, scaling: float) -> None:
         """Show the selector the queries ``[B, H, T, D]`` of a forward of several tokens, which are stored already."""
         selector, sequences = self.policy.selector, self.sequences
-        if not isinstance(selector, Observer) or not self.has_kernels or not sequences.pages.any():
+        if not _observes(type(selector)) or not self.has_kernels or not sequences.pages.any():
             return
+        assert isinstance(selector, Observer)
         last = min(NUM_QUERIES, sequences.layout.window, queries.shape[2])
         most, device = int(sequences.pages.max()), queries.device
         tables = sequences.table[:, :most], sequences.pages.astype(np.int32), sequences.plain.astype(np.int32)
@@ -311,17 +314,17 @@ class LayerStore:
     def _settle_row(self, row: int, keys: Tensor, values: Tensor, flush: Flush | None) -> None:
         """Pack and keep a row's plain and new tokens, ``[K, T, D]``, in order."""
         plain, sinks = self.plain, self.sequences.layout.num_sinks
-        assert plain is not None
-        end = sinks
-        if flush is not None:
+        assert plain is not None and self.keys is not None and self.values is not None
+        page_ids: list[int] = [] if flush is None else flush.page_ids
+        if page_ids:
             self._grow_pages()
-            end = sinks + len(flush.page_ids) * self.key_codec.page_size
-            self._store(flush.page_ids, keys[:, sinks:end], values[:, sinks:end])
-        first, rest = min(sinks, keys.shape[1]), max(0, keys.shape[1] - end)
-        plain.keys[row, :, :, :first] = keys[:, :first].transpose(-1, -2)
-        plain.values[row, :, :first] = values[:, :first]
-        plain.keys[row, :, :, first : first + rest] = keys[:, end:].transpose(-1, -2)
-        plain.values[row, :, first : first + rest] = values[:, end:]
+        if isinstance(self.keys, KeyPages) and isinstance(self.values, ValuePages) and not self.refined.count:
+            ids = torch.tensor(page_ids, dtype=torch.int32, device=keys.device)
+            store_tokens(self.keys, self.values, plain, ids, keys, values, row=row, num_sinks=sinks)
+            return
+        paged = plain.take(row, keys, values, len(page_ids) * self.key_codec.page_size, sinks)
+        if page_ids:
+            self._store(page_ids, *paged)
 
     def _store(self, page_ids: list[int], keys: Tensor, values: Tensor) -> None:
         """Quantize ``[K, N * page_size, D]`` into pages."""
@@ -335,14 +338,20 @@ class LayerStore:
             store_pages(self.keys, ids, key_pages)
         store_pages(self.values, ids, values.unflatten(1, (len(page_ids), size)).transpose(0, 1))
 
-    @torch.inference_mode(mode=False)
     def _grow_pages(self) -> None:
         """Size the page tensors to the pool."""
         assert self.keys is not None and self.values is not None
         capacity = self.sequences.pool.capacity
         if capacity > self.keys.num_pages:
-            self.keys = changed(self.keys, lambda t: _grown(t, capacity))
-            self.values = changed(self.values, lambda t: _grown(t, capacity))
+            with torch.inference_mode(mode=False):
+                self.keys = changed(self.keys, lambda t: _grown(t, capacity))
+                self.values = changed(self.values, lambda t: _grown(t, capacity))
+
+
+@cache
+def _observes(kind: type) -> bool:
+    """Whether selectors of this kind want to see queries; noted down, because asking a protocol is slow."""
+    return issubclass(kind, Observer)
 
 
 def _grown(tensor: Tensor, capacity: int) -> Tensor:

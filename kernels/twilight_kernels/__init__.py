@@ -4,9 +4,16 @@ Every kernel is defined by the function of its name in ``_reference``. This fold
 relatively, so a copy of it under another name works.
 """
 
-from ._backend import backend_name, has_kernels, has_prompt_kernels, release_threads
+from ._backend import backend_name, has_kernels, has_matrix_tiles, has_prompt_kernels, release_threads
 from ._reference_codec import pack, unpack
-from .codec import load_key_pages, load_value_pages, store_key_pages, store_value_pages
+from .codec import (
+    largest_magnitudes,
+    load_key_pages,
+    load_value_pages,
+    store_key_pages,
+    store_tokens,
+    store_value_pages,
+)
 from .decode import decode_attention
 from .layout import KeyPages, PlainTokens, ValuePages
 from .page_codec import KeyCodec, ValueCodec, key_token_bytes, packed_size, value_token_bytes
@@ -28,9 +35,11 @@ __all__ = [
     "channel_logits",
     "decode_attention",
     "has_kernels",
+    "has_matrix_tiles",
     "has_prompt_kernels",
     "key_logits",
     "key_token_bytes",
+    "largest_magnitudes",
     "load_key_pages",
     "load_value_pages",
     "pack",
@@ -41,6 +50,7 @@ __all__ = [
     "release_threads",
     "select_stripes",
     "store_key_pages",
+    "store_tokens",
     "store_value_pages",
     "top_p_flags",
     "top_p_threshold",

@@ -35,12 +35,17 @@ def backend_name(device: torch.device | str) -> str:
 
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether tensors of ``dtype`` on ``device`` have kernels of their own, not only the slow reference."""
-    return backend_name(device) != "reference" and dtype in RAW_DTYPES
+    return dtype in RAW_DTYPES and _name(device.type, os.environ.get(OVERRIDE, "")) != "reference"
 
 
 def has_prompt_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether ``prompt_attention`` has a kernel here, on CPUs with matrix tiles, and is more than its definition."""
-    if backend_name(device) != "numba" or dtype != torch.bfloat16:
+    return dtype == torch.bfloat16 and has_matrix_tiles(device)
+
+
+def has_matrix_tiles(device: torch.device) -> bool:
+    """Whether ``attend_stripes`` runs on matrix tiles here: then it is fast also where every key is read."""
+    if backend_name(device) != "numba":
         return False
     from ._numba_amx import has_tiles
 

@@ -78,6 +78,16 @@ def key_worker() -> int:
 
 
 @exact
+def pack_keys(block, task, numbers, codes, packed, scales, column):
+    """Do both rounds of one page at once: raise the flag, too, if it cannot be stored."""
+    _measure_keys(block, task, numbers, scales)
+    if block[BITS] >= RAW_BF16:
+        _write_raw_keys(block, task, numbers, column)
+    else:
+        _write_keys(block, task, numbers, codes, packed, scales)
+
+
+@exact
 def _measure_keys(block, task, numbers, scales):
     """Work out the scales of one page; raise the flag if it cannot be stored."""
     tokens, dim, bits = block[TOKENS], block[DIM], block[BITS]

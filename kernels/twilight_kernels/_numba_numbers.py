@@ -129,6 +129,16 @@ def fetch_add(typingctx, address, amount):
 
 
 @intrinsic
+def fetch_max(typingctx, address, number):
+    """Raise the int64 at ``address`` to ``number`` atomically; return what was there before."""
+
+    def codegen(context, builder, _signature, args):
+        return builder.atomic_rmw("max", builder.inttoptr(args[0], _I64.as_pointer()), args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
 def half_to_float(typingctx, bits):
     """Convert float16 bits (uint16) to float32."""
 
@@ -193,4 +203,4 @@ def _pointer_to(number: types.Type):
 
 f32_at, f64_at = _pointer_to(types.float32), _pointer_to(types.float64)
 u8_at, u16_at = _pointer_to(types.uint8), _pointer_to(types.uint16)
-i32_at, i64_at = _pointer_to(types.int32), _pointer_to(types.int64)
+i32_at, i64_at, u32_at = _pointer_to(types.int32), _pointer_to(types.int64), _pointer_to(types.uint32)

@@ -26,15 +26,11 @@ from ._numba_stripe_block import (
     KEYS,
     KEYS_LOW,
     KV_HEADS,
-    MASK,
     OUT,
-    PADDING,
     QUERY,
     REPORT,
     ROWS,
-    SAMPLES,
     SCALING,
-    SINKS,
     STRIP,
     STRIPS,
     TASKS,
@@ -43,7 +39,6 @@ from ._numba_stripe_block import (
     VALUE_DIM,
     VALUES,
     VALUES_LOW,
-    WINDOW,
 )
 from ._numba_stripe_select import scratch, select_strip
 from ._numba_strips import BLOCK
@@ -71,16 +66,17 @@ def attend_stripes(
     query, keys, values = last_contiguous(query), last_contiguous(keys), last_contiguous(values)
     mask, padding = mask.contiguous(), padding.contiguous()
     (batch, heads, rows, _), kv_heads = query.shape, keys.shape[1]
-    out = query.new_zeros(batch, rows, heads, values.shape[-1]).transpose(1, 2)  # as models go on with it
+    out = torch.empty(batch, rows, heads, values.shape[-1], dtype=query.dtype).transpose(
+        1, 2
+    )  # as models go on with it
     kind, lows = RAW_KIND[query.dtype], (0, 0)
     if kind != RAW_BF16 and has_tiles():
         keys, values = _split(keys), _split(values)
         lows = 2 * keys.stride(0), 2 * values.stride(0)
         keys, values = keys[0], values[0]
     block = _block(query, keys, plan, scaling, padding, mask)
-    block[VALUES : VALUES + 4] = values.data_ptr(), *values.stride()[:3]
-    block[[VALUE_DIM, KEYS_LOW, VALUES_LOW]] = values.shape[-1], *lows
-    block[OUT : OUT + 4] = out.data_ptr(), *out.stride()[:3]
+    block[VALUES : OUT + 4] = values.data_ptr(), *values.stride()[:3], out.data_ptr(), *out.stride()[:3]
+    block[VALUE_DIM], block[KEYS_LOW : VALUES_LOW + 1] = values.shape[-1], lows
     run(_attend_worker(kind, heads // kv_heads), block.ctypes.data, int(block[TASKS]))
     return out
 
@@ -96,13 +92,12 @@ def _split(x: Tensor) -> Tensor:
 def _block(query: Tensor, keys: Tensor, plan: StripePlan, scaling: float, padding: Tensor, mask: Tensor) -> np.ndarray:
     """Enter what both workers need; the caller keeps the tensors alive."""
     block = np.zeros(BLOCK_SIZE, np.int64)
-    block[QUERY : QUERY + 4] = query.data_ptr(), *query.stride()[:3]
-    block[KEYS : KEYS + 4] = keys.data_ptr(), *keys.stride()[:3]
+    block[QUERY : KEYS + 4] = query.data_ptr(), *query.stride()[:3], keys.data_ptr(), *keys.stride()[:3]
     block[[ROWS, TOTAL, DIM, KV_HEADS]] = query.shape[2], keys.shape[2], query.shape[3], keys.shape[1]
-    block[[STRIP, SAMPLES, WINDOW, SINKS]] = plan.strip, plan.samples, plan.window, plan.num_sinks
-    block[[PADDING, MASK, STRIPS]] = padding.data_ptr(), mask.data_ptr(), mask.shape[2]
-    block[TASKS] = mask[..., 0].numel()
-    block[TILES] = CONFIG_ADDRESS
+    block[STRIP : STRIPS + 1] = (
+        plan.strip, plan.samples, plan.window, plan.num_sinks, padding.data_ptr(), mask.data_ptr(), mask.shape[2]
+    )  # fmt: skip
+    block[TASKS], block[TILES] = mask.shape[0] * mask.shape[1] * mask.shape[2], CONFIG_ADDRESS
     block.view(np.float64)[[SCALING, ALPHA, FLOOR]] = scaling, plan.alpha, plan.floor
     return block
 

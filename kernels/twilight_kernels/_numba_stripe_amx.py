@@ -13,7 +13,7 @@ from numba import carray, literally
 
 from ._numba_amx import tile_product, tiles_off, tiles_on
 from ._numba_numbers import LOWEST, RAW_BF16, fast, i32_at, item_bytes, read_row, u16_at, write_row
-from ._numba_stripe_attend import list_keys, write_strip
+from ._numba_stripe_attend import clear_padding, list_keys, write_strip
 from ._numba_stripe_block import (
     DIM,
     KEYS,
@@ -21,6 +21,7 @@ from ._numba_stripe_block import (
     QUERY,
     ROWS,
     SCALING,
+    STRIPS,
     TILES,
     TOTAL,
     VALUE_DIM,
@@ -43,6 +44,8 @@ def attend_strip_tiles(kind, parts, q_per_kv, block, task):
     literally(parts)
     literally(q_per_kv)
     row, kv_head, pad, start, end = strip_of(block, task)
+    if task % block[STRIPS] == 0:
+        clear_padding(kind, q_per_kv, block, row, kv_head, start)
     if start >= end:
         return
     dim, value_dim, offset = block[DIM], block[VALUE_DIM], block[TOTAL] - block[ROWS]

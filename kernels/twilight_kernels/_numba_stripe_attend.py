@@ -15,6 +15,7 @@ from ._numba_stripe_block import (
     ROWS,
     SCALING,
     SINKS,
+    STRIPS,
     TOTAL,
     VALUE_DIM,
     VALUES,
@@ -40,6 +41,8 @@ def attend_strip(kind, q_per_kv, block, task):
     literally(kind)
     literally(q_per_kv)
     row, kv_head, pad, start, end = strip_of(block, task)
+    if task % block[STRIPS] == 0:
+        clear_padding(kind, q_per_kv, block, row, kv_head, start)
     if start >= end:
         return
     item, dim, value_dim = item_bytes(kind), block[DIM], block[VALUE_DIM]
@@ -84,6 +87,17 @@ def attend_strip(kind, q_per_kv, block, task):
                 BLOCK, 1, values.ctypes.data, 1, value_dim, value_dim, here, logits.ctypes.data, out[i].ctypes.data
             )
     write_strip(kind, block, row, kv_head, q_per_kv, start, end, out, total)
+
+
+@fast
+def clear_padding(kind, q_per_kv, block, row, kv_head, start):
+    """Zero the rows of padding in front of the first strip, which begins at ``start``."""
+    literally(kind)
+    nothing = np.zeros(block[VALUE_DIM], np.float32)
+    for head in range(kv_head * q_per_kv, (kv_head + 1) * q_per_kv):
+        for r in range(start):
+            place = row * block[OUT + 1] + head * block[OUT + 2] + r * block[OUT + 3]
+            write_row(kind, block[OUT] + item_bytes(kind) * place, block[VALUE_DIM], nothing)
 
 
 @fast

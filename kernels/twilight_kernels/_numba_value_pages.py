@@ -52,7 +52,7 @@ def value_worker() -> int:
             if task >= tasks:
                 break
             if block[BITS] >= RAW_BF16:
-                _move_raw_values(block, task, numbers)
+                _move_raw_values(block, task, block[ROUND], numbers)
             elif block[ROUND] == MEASURE:
                 _measure_values(block, task, numbers, scales)
             elif block[ROUND] == WRITE:
@@ -61,6 +61,17 @@ def value_worker() -> int:
                 _read_values(block, task, numbers, codes, scales)
 
     return compile_worker(worker, "value pages")
+
+
+@exact
+def pack_values(block, task, numbers, codes, scales):
+    """Do both rounds of one page at once: raise the flag, too, if it cannot be stored."""
+    if block[BITS] >= RAW_BF16:
+        _move_raw_values(block, task, MEASURE, numbers)
+        _move_raw_values(block, task, WRITE, numbers)
+    else:
+        _measure_values(block, task, numbers, scales)
+        _write_values(block, task, numbers, codes, scales)
 
 
 @exact
@@ -117,16 +128,16 @@ def _read_values(block, task, numbers, codes, scales):
 
 
 @exact
-def _move_raw_values(block, task, numbers):
-    """Check one page, copy it in, or copy it out."""
+def _move_raw_values(block, task, turn, numbers):
+    """Check one page, copy it in, or copy it out, as the round says."""
     tokens, dim, bits = block[TOKENS], block[DIM], block[BITS]
     kind, x, stride = block[KIND], place(block, task), token_stride(block)
     start, row_bytes = stored_page(block, task) * tokens, block[DIM] * item_bytes(bits)
     for t in range(tokens):
-        if block[ROUND] == LOAD:
+        if turn == LOAD:
             read_row(bits, block[CODES] + (start + t) * row_bytes, dim, numbers)
             write_row(kind, x + t * stride, dim, numbers)
-        elif block[ROUND] == WRITE:
+        elif turn == WRITE:
             read_row(kind, x + t * stride, dim, numbers)
             write_row(bits, block[CODES] + (start + t) * row_bytes, dim, numbers)
         else:

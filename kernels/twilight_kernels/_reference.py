@@ -12,9 +12,11 @@ import math
 import torch
 from torch import Tensor
 
+from ._reference_codec import largest_magnitudes as largest_magnitudes
 from ._reference_codec import load_key_pages as load_key_pages
 from ._reference_codec import load_value_pages as load_value_pages
 from ._reference_codec import store_key_pages as store_key_pages
+from ._reference_codec import store_tokens as store_tokens
 from ._reference_codec import store_value_pages as store_value_pages
 from ._reference_codec import wide_dtype
 from ._reference_prefill import attend_stripes as attend_stripes

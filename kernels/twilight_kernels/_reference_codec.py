@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layout import KeyPages, ValuePages
+from .layout import KeyPages, PlainTokens, ValuePages
 from .page_codec import packed_size, planes
 
 
@@ -103,6 +103,34 @@ def load_value_pages(pages: ValuePages, page_ids: Tensor, dtype: torch.dtype) ->
     codes = unpack(pages.codes[index], pages.codec.bits).to(wide)  # [N, K, page_size, D]
     channel = torch.arange(codes.shape[-1], device=codes.device) // pages.codec.group_size
     return (pages.lo[index].to(wide)[..., channel] + codes * pages.step[index].to(wide)[..., channel]).to(dtype)
+
+
+def largest_magnitudes(keys: Tensor, values: Tensor) -> tuple[float, float]:
+    """See ``codec.largest_magnitudes``."""
+    found = []
+    for x in (keys, values):
+        low, high = torch.aminmax(x.detach())  # NaN if any number is
+        found.append(torch.maximum(-low, high).item())
+    return found[0], found[1]
+
+
+def store_tokens(
+    key_pages: KeyPages,
+    value_pages: ValuePages,
+    plain: PlainTokens,
+    page_ids: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    row: int,
+    num_sinks: int,
+) -> None:
+    """See ``codec.store_tokens``."""
+    shape = len(page_ids), key_pages.codec.page_size
+    paged = plain.take(row, keys, values, shape[0] * shape[1], num_sinks)
+    key_rows, value_rows = (x.unflatten(1, shape).transpose(0, 1) for x in paged)
+    store_key_pages(key_pages, page_ids, key_rows)
+    store_value_pages(value_pages, page_ids, value_rows)
 
 
 def _codes(x: Tensor, lo: Tensor, step: Tensor, levels: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._backend import kernels
-from .layout import KeyPages, ValuePages
+from .layout import KeyPages, PlainTokens, ValuePages
 
 
 def store_key_pages(pages: KeyPages, page_ids: Tensor, keys: Tensor) -> None:
@@ -65,6 +65,69 @@ def load_value_pages(pages: ValuePages, page_ids: Tensor, dtype: torch.dtype) ->
     return loaded
 
 
+def largest_magnitudes(keys: Tensor, values: Tensor) -> tuple[float, float]:
+    """Return the largest absolute key and value, NaN if any is: what tells whether they can be packed.
+
+    Args:
+        keys, values: ``[B, K, T, D]`` of one dtype, not empty.
+    Raises:
+        ValueError: other shapes or dtypes.
+    Reference: ``_reference.largest_magnitudes``.
+    """
+    if keys.dim() != 4 or values.dim() != 4 or keys.dtype != values.dtype or not keys.numel() or not values.numel():
+        raise ValueError(
+            f"keys and values must be [B, K, T, D] of one dtype and not empty, got {list(keys.shape)} {keys.dtype} and "
+            f"{list(values.shape)} {values.dtype}"
+        )
+    found: tuple[float, float] = kernels("tokens", keys, keys.dtype).largest_magnitudes(keys, values)
+    return found
+
+
+def store_tokens(
+    key_pages: KeyPages,
+    value_pages: ValuePages,
+    plain: PlainTokens,
+    page_ids: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    row: int,
+    num_sinks: int,
+) -> None:
+    """Put one row's tokens where they belong: sinks and last tokens plain, whole pages between them packed.
+
+    Args:
+        key_pages, value_pages: the layer's pages; slots ``page_ids`` are overwritten, all others untouched.
+        plain: row ``row`` takes the first ``num_sinks`` tokens and, behind them, those after the pages.
+        page_ids: ``[N]`` int32, distinct, below ``key_pages.num_pages``.
+        keys, values: ``[K, T, Dk]``, ``[K, T, Dv]`` of the plain tokens' dtype, any strides; T is at least
+            ``num_sinks + N * page_size`` if there are pages.
+        row: of the batch.
+        num_sinks: tokens before the pages.
+    Raises:
+        ValueError: shapes or dtypes that disagree, or a slot that does not exist; a number of a page that is not
+            finite, or too large for float16 scales: what was written is unspecified then, so ask
+            ``largest_magnitudes`` first.
+    Reference: ``_reference.store_tokens``.
+    """
+    paged, columns = len(page_ids) * key_pages.codec.page_size, keys.shape[1]
+    plain_len = min(columns, num_sinks) + max(0, columns - num_sinks - paged)
+    shapes = (plain.form[1], columns, plain.form[2]), (plain.form[1], columns, plain.form[3])
+    if (
+        (keys.shape, values.shape) != shapes or not keys.dtype == values.dtype == plain.keys.dtype
+        or plain_len > plain.capacity or (paged and columns < num_sinks + paged)
+    ):  # fmt: skip
+        raise ValueError(
+            f"keys and values must be {list(shapes[0])} and {list(shapes[1])} of {plain.keys.dtype}, and fill "
+            f"{paged} tokens of pages and at most {plain.capacity} plain ones, got {list(keys.shape)} {keys.dtype} and "
+            f"{list(values.shape)} {values.dtype}"
+        )
+    _check_slots(key_pages, page_ids)
+    kernels("tokens", keys, keys.dtype).store_tokens(
+        key_pages, value_pages, plain, page_ids, keys, values, row=row, num_sinks=num_sinks
+    )
+
+
 def _check_pages(name: str, pages: KeyPages | ValuePages, page_ids: Tensor, x: Tensor) -> None:
     shape = (len(page_ids), pages.codes.shape[1], pages.codec.page_size, pages.head_dim)
     if x.shape != shape:
@@ -80,7 +143,9 @@ def _check_pages(name: str, pages: KeyPages | ValuePages, page_ids: Tensor, x: T
 def _check_slots(pages: KeyPages | ValuePages, page_ids: Tensor) -> None:
     if page_ids.dim() != 1 or page_ids.is_floating_point():
         raise ValueError(f"page_ids must be [N] int32, got {list(page_ids.shape)} {page_ids.dtype}")
-    if page_ids.numel() and page_ids.device.type == "cpu":  # elsewhere the answer would have to be waited for
-        low, high = int(page_ids.min()), int(page_ids.max())
-        if low < 0 or high >= pages.num_pages:
-            raise ValueError(f"page_ids must be in [0, {pages.num_pages}), got {low} .. {high}; allocate more pages")
+    if page_ids.device.type == "cpu":  # elsewhere the answer would have to be waited for
+        listed = page_ids.tolist()
+        if listed and (min(listed) < 0 or max(listed) >= pages.num_pages):
+            raise ValueError(
+                f"page_ids must be in [0, {pages.num_pages}), got {min(listed)} .. {max(listed)}; allocate more pages"
+            )

@@ -189,6 +189,23 @@ class PlainTokens:
             torch.zeros(batch, kv_heads, capacity, value_dim, dtype=dtype, device=device),
         )
 
+    def take(self, row: int, keys: Tensor, values: Tensor, paged: int, num_sinks: int) -> tuple[Tensor, Tensor]:
+        """Copy a row's first tokens and its last ones to their columns; return those between, which go to pages.
+
+        Args:
+            row: of the batch.
+            keys, values: ``[K, T, D]``.
+            paged: how many go to pages.
+            num_sinks: how many come before those.
+        """
+        first, end = min(num_sinks, keys.shape[1]), num_sinks + paged
+        last = first + max(0, keys.shape[1] - end)
+        self.keys[row, :, :, :first] = keys[:, :first].transpose(-1, -2)
+        self.values[row, :, :first] = values[:, :first]
+        self.keys[row, :, :, first:last] = keys[:, end:].transpose(-1, -2)
+        self.values[row, :, first:last] = values[:, end:]
+        return keys[:, num_sinks:end], values[:, num_sinks:end]
+
     @property
     def capacity(self) -> int:
         return self.values.shape[2]
