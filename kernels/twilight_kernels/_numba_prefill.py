@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ._numba_amx import CONFIG_ADDRESS, has_tiles
 from ._numba_block import last_contiguous
-from ._numba_numbers import RAW_BF16, RAW_KIND, address_of, fetch_add
+from ._numba_numbers import RAW_BF16, RAW_KIND, address_of, aligned, fetch_add
 from ._numba_pool import BLOCK_SIZE, SOURCE_HASH, compile_worker, run
-from ._numba_stripe_amx import attend_strip_tiles, select_strip_tiles
+from ._numba_stripe_amx import attend_strip_tiles, room_of, select_strip_tiles
 from ._numba_stripe_attend import attend_strip
 from ._numba_stripe_block import (
     ALPHA,
@@ -145,10 +145,12 @@ def _attend_worker(kind: int, q_per_kv: int) -> int:
     def tiles(arg):
         block = carray(arg, (BLOCK_SIZE,))
         ticket, tasks = address_of(arg), block[TASKS] * (source >= 0)
+        room = aligned(room_of(parts, q_per_kv, block))
         task = fetch_add(ticket, 1)
         while task < tasks:
-            attend_strip_tiles(kind, parts, q_per_kv, block, tasks - 1 - task)
+            attend_strip_tiles(kind, parts, q_per_kv, block, tasks - 1 - task, room.ctypes.data)
             task = fetch_add(ticket, 1)
+        room[0] = 0  # it must live until here
 
     name = f"attend_stripes, kind {kind}, q_per_kv {q_per_kv}"
     if has_tiles():

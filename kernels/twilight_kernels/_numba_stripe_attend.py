@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, literally
 
-from ._numba_numbers import LOWEST, fast, item_bytes, u8_at, write_row
+from ._numba_ir import LANES
+from ._numba_numbers import LOWEST, f32_at, fast, item_bytes, u8_at, write_row
 from ._numba_stripe_block import (
     DIM,
     KEYS,
@@ -33,6 +34,7 @@ from ._numba_strips import (
     shrink_rows,
     softmax_tile,
 )
+from ._numba_transpose import transpose
 
 
 @fast
@@ -77,16 +79,16 @@ def attend_strip(kind, q_per_kv, block, task):
                 continue  # wholly behind these rows
             outer_product(BLOCK, 0, keys.ctypes.data, dim, 1, here, dim, query[i].ctypes.data, logits.ctypes.data)
             if listed[first + here - 1] > position:
-                hide_later(logits, positions, here, position)
+                hide_later(logits.ctypes.data, positions, here, position)
             if softmax_tile(
                 0, BLOCK, logits.ctypes.data, logits.ctypes.data, here, scaling, top[i].ctypes.data,
                 total[i].ctypes.data, shrink.ctypes.data,
             ):  # fmt: skip
-                shrink_rows(out[i], value_dim, shrink)
+                shrink_rows(out[i].ctypes.data, value_dim, shrink.ctypes.data)
             outer_product(
                 BLOCK, 1, values.ctypes.data, 1, value_dim, value_dim, here, logits.ctypes.data, out[i].ctypes.data
             )
-    write_strip(kind, block, row, kv_head, q_per_kv, start, end, out, total)
+    write_strip(kind, block, row, kv_head, q_per_kv, start, end, out.ctypes.data, value_dim, total.ctypes.data)
 
 
 @fast
@@ -101,20 +103,20 @@ def clear_padding(kind, q_per_kv, block, row, kv_head, start):
 
 
 @fast
-def write_strip(kind, block, row, kv_head, q_per_kv, start, end, out, total):
-    """Write ``out [blocks, dim, 64]`` over ``total [blocks, 64]`` to the rows of a strip."""
+def write_strip(kind, block, row, kv_head, q_per_kv, start, end, out, out_dim, total):
+    """Write ``out [blocks, out_dim, 64]`` over ``total [blocks, 64]`` (addresses) to the rows of a strip."""
     literally(kind)
     item, per_head, dim = item_bytes(kind), (end - start + BLOCK - 1) // BLOCK, block[VALUE_DIM]
-    rows, inverse = np.empty((BLOCK, dim), np.float32), np.empty(BLOCK, np.float32)
-    for i in range(len(out)):
+    rows = np.empty((BLOCK, (dim + LANES - 1) // LANES * LANES), np.float32)
+    for i in range(q_per_kv * per_head):
         first, head = start + i % per_head * BLOCK, kv_head * q_per_kv + i // per_head
         address = block[OUT] + item * (row * block[OUT + 1] + head * block[OUT + 2] + first * block[OUT + 3])
-        for r in range(BLOCK):
-            inverse[r] = np.float32(1) / total[i, r]
-        for d in range(dim):
-            for r in range(BLOCK):
-                rows[r, d] = out[i, d, r] * inverse[r]
+        totals = carray(f32_at(total + 4 * BLOCK * i), (BLOCK,))
+        transpose(out + 4 * BLOCK * out_dim * i, 4 * BLOCK, dim, BLOCK, rows.ctypes.data, 4 * rows.shape[1])
         for r in range(min(BLOCK, end - first)):
+            inverse = np.float32(1) / totals[r]
+            for d in range(dim):
+                rows[r, d] *= inverse
             write_row(kind, address + item * r * block[OUT + 3], dim, rows[r])
 
 

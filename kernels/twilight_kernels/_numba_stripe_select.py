@@ -11,6 +11,7 @@ from numba import carray, literally
 
 from ._numba_numbers import (
     LOWEST,
+    aligned,
     bits_float,
     f32_at,
     fast,
@@ -89,7 +90,9 @@ def running(weights):
 
     Row 0: the largest logit so far; row 1: the sum of weights; then, of each tile, what the sum shrank by.
     """
-    state = np.zeros((weights.shape[0], 2 + weights.shape[1] // TILE, BLOCK), np.float32)
+    blocks, rows = weights.shape[0], 2 + weights.shape[1] // TILE
+    state = aligned(4 * blocks * rows * BLOCK).view(np.float32).reshape(blocks, rows, BLOCK)
+    state[:] = 0
     state[:, 0] = LOWEST
     return state
 
@@ -114,7 +117,8 @@ def weigh_tile(samples, lanes, block, pad, index, rows, count, first, here, logi
 @fast
 def scratch(q_per_kv, samples, block):
     """Room for the weights of a strip; the last tile of keys may run over."""
-    return np.empty(((q_per_kv * samples + BLOCK - 1) // BLOCK, block[TOTAL] + TILE, BLOCK), np.float32)
+    blocks, keys = (q_per_kv * samples + BLOCK - 1) // BLOCK, block[TOTAL] + TILE
+    return aligned(4 * blocks * keys * BLOCK).view(np.float32).reshape(blocks, keys, BLOCK)
 
 
 @fast

@@ -27,7 +27,7 @@ from ._numba_ir import (
     store,
     zeros,
 )
-from ._numba_numbers import LOWEST, fast, i32_at, item_bytes, read_row
+from ._numba_numbers import LOWEST, f32_at, fast, i32_at, item_bytes, read_row
 
 BLOCK = 64  # query rows of a block: four vectors
 TILE = 64  # keys that are multiplied with at a time
@@ -97,12 +97,12 @@ def gather_rows(kind, base, row_bytes, positions, count, dim, out):
 
 @fast
 def hide_later(logits, positions, count, first_row):
-    """Put the logits of keys behind a row's own position out of the softmax; rows are neighbours."""
-    listed = carray(i32_at(positions), (count,))
+    """Put logits ``[count, 64]`` (address) of keys behind a row's own position out of the softmax; rows are neighbours."""
+    listed, numbers = carray(i32_at(positions), (count,)), carray(f32_at(logits), (count, BLOCK))
     for i in range(count):
-        hidden = min(listed[i] - first_row, logits.shape[1])
+        hidden = min(listed[i] - first_row, BLOCK)
         for r in range(hidden):
-            logits[i, r] = LOWEST
+            numbers[i, r] = LOWEST
 
 
 @intrinsic
@@ -206,10 +206,11 @@ def _side_by_side(builder, even, odd):
 
 @fast
 def shrink_rows(out, dim, shrink):
-    """Multiply ``out [dim, 64]`` by a factor a lane."""
+    """Multiply ``out [dim, 64]`` by a factor a lane, ``shrink [64]`` (addresses)."""
+    rows, factors = carray(f32_at(out), (dim, BLOCK)), carray(f32_at(shrink), (BLOCK,))
     for d in range(dim):
         for r in range(BLOCK):
-            out[d, r] *= shrink[r]
+            rows[d, r] *= factors[r]
 
 
 @fast
