@@ -31,11 +31,11 @@ CONFIG_ADDRESS = int(_CONFIG.ctypes.data)
 
 
 @cache
-def has_tiles() -> bool:
-    """Whether this process may use bfloat16 tiles: Linux grants them on request."""
+def has_tiles(product: str = "bf16") -> bool:
+    """Whether this process may use tiles of bfloat16, or of bytes (``int8``): Linux grants them on request."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return False
-    if not llvm.get_host_cpu_features().get("amx-bf16", False):
+    if not llvm.get_host_cpu_features().get(f"amx-{product}", False):
         return False
     return int(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _PERMISSION, _TILE_DATA)) == 0
 
@@ -126,32 +126,38 @@ def strip_product(typingctx, tiles, is_added, is_skipping, a, a_stride, steps, a
     signature = types.void(tiles, is_added, is_skipping, *(types.int64,) * 8)
 
     def codegen(context, builder, _signature, args):
-        a, a_stride, steps, alive, b, b_stride, c, c_stride = args[3:]
-        corners = [_pointer(builder, builder.add(c, int64(_ROW_BYTES * tile))) for tile in range(tiles_)]
-        for tile, corner in enumerate(corners):
-            if added:
-                _emit(builder, "tileloadd64", _tile(tile), corner, c_stride)
-            else:
-                _emit(builder, "tilezero", _tile(tile))
-        loop = Loop(builder, steps, [])
-        is_alive = ir.Constant(ir.IntType(1), 1)
-        if skipping:
-            flag = load(builder, builder.add(alive, loop.index), I8)
-            is_alive = builder.icmp_unsigned("!=", flag, ir.Constant(I8, 0))
-        with builder.if_then(is_alive):
-            along = builder.add(a, builder.mul(loop.index, int64(_ROW_BYTES)))
-            down = builder.add(b, builder.mul(loop.index, builder.mul(b_stride, int64(16))))
-            _emit(builder, "tileloadd64", _tile(4), _pointer(builder, along), a_stride)
-            for tile in range(tiles_):
-                place = builder.add(down, int64(_ROW_BYTES * tile))
-                _emit(builder, "tileloadd64", _tile(5 + tile % 3), _pointer(builder, place), b_stride)
-                _emit(builder, "tdpbf16ps", _tile(tile), _tile(4), _tile(5 + tile % 3))
-        loop.close([])
-        for tile, corner in enumerate(corners):
-            _emit(builder, "tilestored64", _tile(tile), corner, c_stride)
+        multiply_strip(builder, "tdpbf16ps", tiles_, added, skipping, *args[3:])
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+def multiply_strip(
+    builder, product: str, tiles: int, added, skipping, a, a_stride, steps, alive, b, b_stride, c, c_stride
+) -> None:
+    """Emit ``strip_product``, by any tile instruction."""
+    corners = [_pointer(builder, builder.add(c, int64(_ROW_BYTES * tile))) for tile in range(tiles)]
+    for tile, corner in enumerate(corners):
+        if added:
+            _emit(builder, "tileloadd64", _tile(tile), corner, c_stride)
+        else:
+            _emit(builder, "tilezero", _tile(tile))
+    loop = Loop(builder, steps, [])
+    is_alive = ir.Constant(ir.IntType(1), 1)
+    if skipping:
+        flag = load(builder, builder.add(alive, loop.index), I8)
+        is_alive = builder.icmp_unsigned("!=", flag, ir.Constant(I8, 0))
+    with builder.if_then(is_alive):
+        along = builder.add(a, builder.mul(loop.index, int64(_ROW_BYTES)))
+        down = builder.add(b, builder.mul(loop.index, builder.mul(b_stride, int64(16))))
+        _emit(builder, "tileloadd64", _tile(4), _pointer(builder, along), a_stride)
+        for tile in range(tiles):
+            place = builder.add(down, int64(_ROW_BYTES * tile))
+            _emit(builder, "tileloadd64", _tile(5 + tile % 3), _pointer(builder, place), b_stride)
+            _emit(builder, product, _tile(tile), _tile(4), _tile(5 + tile % 3))
+    loop.close([])
+    for tile, corner in enumerate(corners):
+        _emit(builder, "tilestored64", _tile(tile), corner, c_stride)
 
 
 def _load_pair(builder, tile: int, places, stride) -> None:

@@ -95,7 +95,7 @@ def _channels_worker(dtype: int, key_kind: int, page_size: int, q_per_kv: int) -
             last = min(first + block[CHUNK_PAGES], row_pages(block, head))
             if first >= last:
                 continue
-            fold_query(dtype, q_per_kv, block, head, queries)
+            fold_query(dtype, q_per_kv, block, head, queries, block[KEY_DIM])
             _choose(key_kind, page_size, block, head, first, last, queries, q_per_kv, bounds, tokens, weights, chosen)
             for index in range(first, last):
                 page = page_of(block, head, index, page_size)

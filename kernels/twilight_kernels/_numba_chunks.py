@@ -108,7 +108,8 @@ def _append(dtype, value_dim, block, head, column):
 
 @fast
 def attend_pages(
-    key_kind, value_kind, page_size, q_per_kv, value_dim, group_size, block, head, chunk, is_scored, scratch, rows
+    key_kind, value_kind, page_size, q_per_kv, value_dim, group_size, block, head, chunk, is_scored, scratch, rows,
+    tiles,
 ):
     """Score one chunk of pages, if that was not done; attend to it at once if the row is dense."""
     literally(key_kind)
@@ -128,9 +129,9 @@ def attend_pages(
     if is_scored:
         pass
     elif block[CANDIDATE_TOKENS] != 0 and is_sparse(block, head, page_size):
-        score_candidates(key_kind, page_size, q_per_kv, block, head, first, last, scratch)
+        score_candidates(key_kind, page_size, q_per_kv, block, head, first, last, scratch, tiles)
     else:
-        score_pages(key_kind, page_size, q_per_kv, block, head, first, last, scratch)
+        score_pages(key_kind, page_size, q_per_kv, block, head, first, last, scratch, tiles)
     for g in range(q_per_kv):
         partial[g, value_dim] = largest(logits[g], first * page_size, last * page_size)
     if is_sparse(block, head, page_size):

@@ -17,6 +17,7 @@ import torch
 from numba import carray
 from torch import Tensor
 
+from ._numba_amx import CONFIG_ADDRESS
 from ._numba_attend import BLOCK_TOKENS, merge, scratch_size
 from ._numba_block import (
     CAPACITY,
@@ -40,6 +41,9 @@ from ._numba_block import (
     QUERY,
     ROWS,
     STRIPS,
+    TILE_BYTES,
+    TILE_WORK,
+    TILES,
     TOKENS,
     VALUE_CODES,
     VALUE_DIM,
@@ -61,6 +65,7 @@ from ._numba_numbers import (
 )
 from ._numba_pool import BLOCK_SIZE, SOURCE_HASH, compile_worker, run, scratch
 from ._numba_score import fold_query
+from ._numba_score_amx import own_tiles, scores_on_tiles, tile_bytes
 from ._numba_shared_pages import AT_ONCE, query_size, score_shared_pages
 from ._numba_sparse import attend_kept, count_dense, prune
 from ._numba_window import attend_window
@@ -161,6 +166,7 @@ def _work_sizes(
         8 * rows * kv_heads,  # finished chunks
         rows * kv_heads * tokens,  # flags
         12 * tokens * threads,  # positions and nearby tokens of each thread
+        tile_bytes(page_size, heads // kv_heads, key_dim) * threads,
     )
     return tuple(-(-size // 64) * 64 for size in sizes)
 
@@ -189,21 +195,22 @@ def _template(
     block[[ROWS, KV_HEADS, KEY_DIM, VALUE_DIM, CAPACITY]] = rows, kv_heads, key_dim, value_dim, capacity
     block[[KEY_CODES, KEY_LO, KEY_STEP, VALUE_CODES, VALUE_LO, VALUE_STEP, PLAIN_KEYS, PLAIN_VALUES]] = storage
     sizes = _work_sizes(rows, heads, key_dim, values, columns, threads, page_size)
-    logits, plain_logits, partials, done, flags, positions, _ = accumulate(sizes, initial=work)
+    logits, plain_logits, partials, done, flags, positions, tiles, _ = accumulate(sizes, initial=work)
     block[[LOGITS, TOKENS, PLAIN_LOGITS, PARTIALS, CHUNKS, CHUNK_PAGES, DONE, FLAGS, POSITIONS]] = (
         logits, columns * page_size, plain_logits, partials, chunks, max(1, _TASK_TOKENS // page_size), done,
         flags, positions,
     )  # fmt: skip
+    block[[TILES, TILE_WORK, TILE_BYTES]] = CONFIG_ADDRESS, tiles, tile_bytes(page_size, q_per_kv, key_dim)
     if value_kind >= RAW_BF16:
         group_size = value_dim
-    worker = _decode_worker(dtype, key_kind, value_kind, page_size, q_per_kv, value_dim, group_size)
+    worker = _decode_worker(scores_on_tiles(key_kind), dtype, key_kind, value_kind, page_size, q_per_kv, value_dim, group_size)
     worth = -(-rows * kv_heads * (columns * page_size + capacity) * key_dim // _GRAIN)
     return block.tobytes(), worker, min(rows * kv_heads * chunks, worth), done
 
 
 @cache
 def _decode_worker(
-    dtype: int, key_kind: int, value_kind: int, page_size: int, q_per_kv: int, value_dim: int, group_size: int
+    on_tiles: bool, dtype: int, key_kind: int, value_kind: int, page_size: int, q_per_kv: int, value_dim: int, group_size: int
 ) -> int:
     source = SOURCE_HASH
 
@@ -213,13 +220,15 @@ def _decode_worker(
         tasks = (block[NUM_STRIPS] if block[STRIPS] != 0 else block[ROWS]) * block[KV_HEADS] * chunks * (source >= 0)
         scratch = np.empty(scratch_size(block[KEY_DIM], q_per_kv, value_dim, group_size), np.float32)
         rows = np.empty(2 * BLOCK_TOKENS, np.int64)
-        own = block[POSITIONS] + 12 * tokens * fetch_add(ticket + 8, 1)
+        thread = fetch_add(ticket + 8, 1)
+        own = block[POSITIONS] + 12 * tokens * thread
         positions = carray(i32_at(own), (tokens,))
         near = carray(f32_at(own + 4 * tokens), (2, tokens))
         totals = np.empty((q_per_kv, 3), np.float32)
         at_once = AT_ONCE if block[STRIPS] != 0 else 0
-        queries = np.empty((at_once, query_size(block, q_per_kv)), np.float32)
-        codes = np.empty(min(at_once, 1) * block[KEY_DIM] * page_size, np.float32)
+        queries = np.zeros((at_once, query_size(block, q_per_kv)), np.float32)
+        codes = np.empty(0 if on_tiles else min(at_once, 1) * block[KEY_DIM] * page_size, np.float32)
+        tiles = own_tiles(q_per_kv, block, thread) if on_tiles else None
         while True:
             task = fetch_add(ticket, 1)
             if task >= tasks:
@@ -233,12 +242,12 @@ def _decode_worker(
                 for start in range(first_row, last_row, AT_ONCE):
                     score_shared_pages(
                         dtype, key_kind, page_size, q_per_kv, block, kv_head, start, min(start + AT_ONCE, last_row),
-                        first, first + block[CHUNK_PAGES], queries, codes,
+                        first, first + block[CHUNK_PAGES], queries, codes, tiles,
                     )  # fmt: skip
             for row in range(first_row, last_row):
                 head = row * block[KV_HEADS] + kv_head
                 if chunk == 0 or not is_shared:
-                    fold_query(dtype, q_per_kv, block, head, scratch)
+                    fold_query(dtype, q_per_kv, block, head, scratch, block[KEY_DIM])
                 if chunk == 0 and block[PLAIN_TABLE] != 0:
                     attend_window(dtype, page_size, q_per_kv, value_dim, block, head, scratch, rows)
                 elif chunk == 0:
@@ -246,7 +255,7 @@ def _decode_worker(
                 else:
                     attend_pages(
                         key_kind, value_kind, page_size, q_per_kv, value_dim, group_size, block, head, chunk,
-                        is_shared, scratch, rows,
+                        is_shared, scratch, rows, tiles,
                     )  # fmt: skip
             if fetch_add(block[DONE] + 8 * unit, 1) < chunks - 1:
                 continue

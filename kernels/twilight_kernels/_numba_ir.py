@@ -59,13 +59,13 @@ def store(builder, value, address, align: int = 4) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=align)
 
 
-def prefetch(builder, address) -> None:
-    """Ask for the cache line at ``address``, to be read and kept."""
+def prefetch(builder, address, *, is_written: bool = False) -> None:
+    """Ask for the cache line at ``address``, to be kept, and read or written."""
     pointer = builder.inttoptr(address, I8.as_pointer())
     kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
     name = "llvm.prefetch.p0"
     fetch = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-    builder.call(fetch, [pointer, ir.Constant(I32, 0), ir.Constant(I32, 3), ir.Constant(I32, 1)])
+    builder.call(fetch, [pointer, ir.Constant(I32, int(is_written)), ir.Constant(I32, 3), ir.Constant(I32, 1)])
 
 
 def element(builder, address, index, item_bytes: int):

@@ -74,7 +74,7 @@ def key_page_logits(
             for (h, t), total in zip(cells, loop.values):
                 shift = splat(builder, load(builder, builder.add(bias, int64(4 * h)), F32))
                 place = builder.add(out, builder.mul(out_stride, int64(4 * h)))
-                scaled = builder.fmul(total, _key_tile_scale(kind_, page_, t), flags=_FAST)
+                scaled = builder.fmul(total, key_tile_scale(kind_, page_, t), flags=_FAST)
                 store(
                     builder,
                     builder.fadd(scaled, shift, flags=_FAST),
@@ -104,7 +104,7 @@ def unpack_key_page(typingctx, kind, page_size, codes, channel_bytes, head_dim, 
         target = element(builder, out, loop.index, 4 * page_)
         for tile in range(page_ // LANES):
             code = _key_tile(builder, kind_, page_, base, tile)
-            code = builder.fmul(code, _key_tile_scale(kind_, page_, tile), flags=_FAST)
+            code = builder.fmul(code, key_tile_scale(kind_, page_, tile), flags=_FAST)
             store(builder, code, builder.add(target, int64(4 * LANES * tile)))
         loop.close([])
         return context.get_dummy_value()
@@ -260,7 +260,7 @@ def _key_tile(builder, kind: int, page: int, channel, tile: int):
     return builder.sitofp(total, ir.VectorType(F32, LANES))
 
 
-def _key_tile_scale(kind: int, page: int, tile: int):
+def key_tile_scale(kind: int, page: int, tile: int):
     """What undoes the missing shift of ``_key_tile``, lane by lane."""
     if kind in _STORED or len(planes(kind)) > 1:
         return constant(1.0, LANES)

@@ -16,6 +16,7 @@ import torch
 from numba import carray, literally
 from torch import Tensor
 
+from ._numba_amx import CONFIG_ADDRESS
 from ._numba_block import (
     CHUNK_PAGES,
     CHUNKS,
@@ -34,6 +35,9 @@ from ._numba_block import (
     QUERY_ROW,
     ROWS,
     SCALING,
+    TILE_BYTES,
+    TILE_WORK,
+    TILES,
     TOKENS,
     float_field,
     kind_of,
@@ -58,8 +62,9 @@ from ._numba_numbers import (
     read_row,
     u16_at,
 )
-from ._numba_pool import BLOCK_SIZE, SOURCE_HASH, compile_worker, run
+from ._numba_pool import BLOCK_SIZE, SOURCE_HASH, compile_worker, run, scratch
 from ._numba_rows import range_of_row
+from ._numba_score_amx import own_tiles, score_pages_on_tiles, scores_on_tiles, tile_bytes
 from .layout import KeyPages
 
 _TASK_TOKENS = 1024  # tokens whose logits one task computes
@@ -77,7 +82,12 @@ def key_logits(query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: T
     block[LOGITS], block[TOKENS] = out.data_ptr(), out.shape[2]
     block[CHUNK_PAGES] = max(1, _TASK_TOKENS // page_size)
     block[CHUNKS] = -(-table.shape[1] // block[CHUNK_PAGES])
-    worker = _logits_worker(RAW_KIND[query.dtype], kind_of(pages), page_size, heads // kv_heads)
+    num_bytes = tile_bytes(page_size, heads // kv_heads, query.shape[2])
+    block[[TILES, TILE_BYTES]] = CONFIG_ADDRESS, num_bytes
+    block[TILE_WORK] = scratch(num_bytes * torch.get_num_threads())
+    worker = _logits_worker(
+        scores_on_tiles(kind_of(pages)), RAW_KIND[query.dtype], kind_of(pages), page_size, heads // kv_heads
+    )
     run(worker, block.ctypes.data, rows * kv_heads * int(block[CHUNKS]))
     return out
 
@@ -117,7 +127,7 @@ def mark_absent(out: Tensor, num_pages: Tensor, page_size: int) -> None:
 
 
 @cache
-def _logits_worker(dtype: int, key_kind: int, page_size: int, q_per_kv: int) -> int:
+def _logits_worker(on_tiles: bool, dtype: int, key_kind: int, page_size: int, q_per_kv: int) -> int:
     source = SOURCE_HASH
 
     def worker(arg):
@@ -125,16 +135,17 @@ def _logits_worker(dtype: int, key_kind: int, page_size: int, q_per_kv: int) -> 
         ticket, chunks = address_of(arg), block[CHUNKS]
         tasks = block[ROWS] * block[KV_HEADS] * chunks * (source >= 0)
         scratch = np.empty(q_per_kv * (2 * block[KEY_DIM] + 1), np.float32)
+        tiles = own_tiles(q_per_kv, block, fetch_add(ticket + 8, 1)) if on_tiles else None
         while True:
             task = fetch_add(ticket, 1)
             if task >= tasks:
                 break
             head, chunk = task // chunks, task % chunks
-            fold_query(dtype, q_per_kv, block, head, scratch)
+            fold_query(dtype, q_per_kv, block, head, scratch, block[KEY_DIM])
             first = chunk * block[CHUNK_PAGES]
             last = min(first + block[CHUNK_PAGES], row_pages(block, head))
             if first < last:
-                score_pages(key_kind, page_size, q_per_kv, block, head, first, last, scratch)
+                score_pages(key_kind, page_size, q_per_kv, block, head, first, last, scratch, tiles)
 
     return compile_worker(worker, f"key_logits, kind {key_kind}, page {page_size}, q_per_kv {q_per_kv}")
 
@@ -155,7 +166,7 @@ def _bounds_worker(is_mass: int) -> int:
             if task >= tasks:
                 break
             head, chunk = task // chunks, task % chunks
-            fold_query(block[QUERY_KIND], q_per_kv, block, head, scratch)
+            fold_query(block[QUERY_KIND], q_per_kv, block, head, scratch, key_dim)
             first = chunk * block[CHUNK_PAGES]
             last = min(first + block[CHUNK_PAGES], row_pages(block, head))
             out = logits_of(block, head, q_per_kv)
@@ -216,24 +227,27 @@ def read_bounds(block, page, bounds, tokens):
 
 
 @fast
-def fold_query(dtype, q_per_kv, block, head, scratch):
-    """Put the scaled float32 queries of this head into the scratch."""
+def fold_query(dtype, q_per_kv, block, head, scratch, width):
+    """Put the scaled float32 queries of this head into the scratch, ``width`` numbers each."""
     row, kv_head, key_dim = head // block[KV_HEADS], head % block[KV_HEADS], block[KEY_DIM]
     scaling = np.float32(float_field(block, SCALING))
     for g in range(q_per_kv):
         start = row * block[QUERY_ROW] + (kv_head * q_per_kv + g) * block[QUERY_HEAD]
-        target = scratch[g * key_dim : (g + 1) * key_dim]
+        target = scratch[g * width : g * width + key_dim]
         read_row(dtype, block[QUERY] + start * item_bytes(dtype), key_dim, target)
         for d in range(key_dim):
             target[d] *= scaling
 
 
 @fast
-def score_pages(key_kind, page_size, q_per_kv, block, head, first, last, scratch):
-    """Write the logits of the scored pages ``first .. last`` of a head."""
+def score_pages(key_kind, page_size, q_per_kv, block, head, first, last, scratch, tiles):
+    """Write the logits of the scored pages ``first .. last`` of a head; ``tiles`` is None where there are none."""
     literally(key_kind)
     literally(page_size)
     literally(q_per_kv)
+    if tiles is not None:
+        score_pages_on_tiles(key_kind, page_size, q_per_kv, block, head, first, last, scratch, tiles)
+        return
     out = logits_of(block, head, q_per_kv).ctypes.data
     after = page_of(block, head, first, page_size)
     for index in range(first, last):

@@ -36,7 +36,7 @@ _PRESENT = np.float32(-1.0e38)  # above ``LOWEST``, below every logit
 
 
 @fast
-def score_candidates(key_kind, page_size, q_per_kv, block, head, first, last, scratch):
+def score_candidates(key_kind, page_size, q_per_kv, block, head, first, last, scratch, key_tiles):
     """Write the logits of the candidate tokens of the listed pages ``first .. last``, the lowest for others."""
     literally(key_kind)
     literally(page_size)
@@ -52,7 +52,7 @@ def score_candidates(key_kind, page_size, q_per_kv, block, head, first, last, sc
         while end < last and count_flags(flags + end * page_size, tiles) > 0:
             end += 1
         if end > start:
-            score_pages(key_kind, page_size, q_per_kv, block, head, start, end, scratch)
+            score_pages(key_kind, page_size, q_per_kv, block, head, start, end, scratch, key_tiles)
             for g in range(q_per_kv):
                 row = logits[g].ctypes.data + 4 * start * page_size
                 lower_unflagged(row, (end - start) * tiles, flags + start * page_size, LOWEST)
