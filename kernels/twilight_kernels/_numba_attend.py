@@ -36,6 +36,12 @@ def scratch_size(key_dim, q_per_kv, value_dim, group_size):
     return q_per_kv * (2 * key_dim + 1) + BLOCK_TOKENS * (q_per_kv * (1 + groups) + 2)
 
 
+@inlined
+def row_bytes_of(kind, value_dim):
+    """Bytes of a value row."""
+    return value_dim * kind // 8 if kind < RAW_BF16 else value_dim * item_bytes(kind)
+
+
 @fast
 def attend_rows(
     kind, q_per_kv, value_dim, group_size, base, lo, step, rows, count, logits, logit_stride, positions, partial,
@@ -50,7 +56,7 @@ def attend_rows(
     literally(q_per_kv)
     literally(value_dim)
     literally(group_size)
-    row_bytes = value_dim * kind // 8 if kind < RAW_BF16 else value_dim * item_bytes(kind)
+    row_bytes = row_bytes_of(kind, value_dim)
     groups = (value_dim + group_size - 1) // group_size
     at = q_per_kv * (2 * key_dim + 1)
     weights = scratch[at : at + q_per_kv * BLOCK_TOKENS].reshape((q_per_kv, BLOCK_TOKENS))

@@ -219,7 +219,7 @@ def _decode_worker(
         ticket, chunks, tokens = address_of(arg), block[CHUNKS], block[TOKENS]
         tasks = (block[NUM_STRIPS] if block[STRIPS] != 0 else block[ROWS]) * block[KV_HEADS] * chunks * (source >= 0)
         scratch = np.empty(scratch_size(block[KEY_DIM], q_per_kv, value_dim, group_size), np.float32)
-        rows = np.empty(2 * BLOCK_TOKENS, np.int64)
+        rows = np.empty(3 * BLOCK_TOKENS, np.int64)
         thread = fetch_add(ticket + 8, 1)
         own = block[POSITIONS] + 12 * tokens * thread
         positions = carray(i32_at(own), (tokens,))

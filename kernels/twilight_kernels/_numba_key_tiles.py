@@ -38,7 +38,6 @@ from .page_codec import planes
 
 LIMBS = 3  # bytes of a folded query
 STEP = 64  # channels of a tile
-AHEAD = 1  # pages from here to what is fetched meanwhile
 HEADS = 5  # query heads whose limbs fit in the 16 rows of a tile
 ONES = 15  # row of ones
 _RANGE = 2.0**22 - 2  # the largest number, less what rounding may add
@@ -77,19 +76,6 @@ def unpack_key_tiles(typingctx, kind, page_size, codes, key_dim, out, ahead):
         return context.get_dummy_value()
 
     return signature, codegen
-
-
-@intrinsic
-def fetch_row(typingctx, address, num_bytes):
-    """Ask for the cache lines of a row that will be read."""
-
-    def codegen(context, builder, _signature, args):
-        loop = Loop(builder, builder.lshr(builder.add(args[1], int64(_LINE - 1)), int64(6)), [])
-        prefetch(builder, element(builder, args[0], loop.index, _LINE))
-        loop.close([])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
 
 
 @intrinsic

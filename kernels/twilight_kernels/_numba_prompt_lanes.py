@@ -110,6 +110,27 @@ def _weigh_row(typingctx, row, vectors, factor, peak):
     return types.float32(types.int64, types.int64, types.float32, types.float32), codegen
 
 
+@exact
+def sum_of_weights(row, vectors, factor, peak):
+    """Return the sum of the weights that ``weigh_row`` gives, and leave the logits."""
+    return _sum_of_weights(row, vectors, factor, peak)
+
+
+@intrinsic
+def _sum_of_weights(typingctx, row, vectors, factor, peak):
+
+    def codegen(context, builder, _signature, args):
+        row, vectors, factor, peak = args
+        factor, peak = splat(builder, factor), splat(builder, peak)
+        loop = Loop(builder, vectors, [zeros(LANES)])
+        logits = load(builder, element(builder, row, loop.index, 4 * LANES), ir.VectorType(F32, LANES), 4)
+        weight = _exp2(builder, builder.fmul(builder.fsub(logits, peak), factor))
+        loop.close([builder.fadd(loop.values[0], weight)])
+        return sum_of_lanes(builder, loop.values[0])
+
+    return types.float32(types.int64, types.int64, types.float32, types.float32), codegen
+
+
 @intrinsic
 def _weight_of(typingctx, logit, factor, peak):
 

@@ -17,11 +17,13 @@ from torch import Tensor
 from ._numba_ir import LANES
 from ._numba_numbers import LOWEST, address_of, exact, f32_at, f64_at, fast, fast_exp, fetch_add, inlined
 from ._numba_pool import BLOCK_SIZE, SOURCE_HASH, compile_worker, run
+from ._numba_prompt_lanes import sum_of_weights
 from ._numba_rows import compress_between, largest_of_vectors
 
 _ROUNDS, _HALVINGS = 6, 4  # 24 halvings of the interval
 _SMALLEST = np.float32(1.0e-30)
 _HIGHEST = np.float32(3.4e38)
+_LOG2_E = np.float32(1.4426950408889634)
 _ROWS, _COLUMNS, _LOGITS, _LOGITS_ROW, _FORCED, _MIN_KEEP, _OUT, _P = range(2, 10)
 
 
@@ -164,11 +166,8 @@ def _pad(row, count):
 
 @fast
 def mass_of(logits, count, peak):
-    """Sum of ``exp(logits - peak)``."""
-    total = np.float32(0)
-    for i in range(count):
-        total += fast_exp(logits[i] - peak)
-    return total
+    """Sum of ``exp(logits - peak)``; the logits go on as those of ``find_threshold``."""
+    return sum_of_weights(logits.ctypes.data, (count + LANES - 1) // LANES, _LOG2_E, peak)
 
 
 @fast

@@ -11,8 +11,9 @@ from numba import carray, literally
 
 from ._numba_amx import has_tiles, tiles_off, tiles_on
 from ._numba_block import KEY_CODES, KEY_DIM, KEY_LO, KEY_STEP, TILE_BYTES, TILE_WORK, TILES, TOKENS, logits_of, page_of
+from ._numba_fetch import fetch_row
 from ._numba_ir import LANES
-from ._numba_key_tiles import AHEAD, fetch_row, HEADS, LIMBS, ONES, STEP, multiply_limbs, sum_limbs, unpack_key_tiles, write_limbs
+from ._numba_key_tiles import HEADS, LIMBS, ONES, STEP, multiply_limbs, sum_limbs, unpack_key_tiles, write_limbs
 from ._numba_numbers import RAW_BF16, RAW_F16, exact, f32_at, fast, inlined, read_row, u8_at
 
 
@@ -62,7 +63,7 @@ def score_pages_on_tiles(key_kind, page_size, q_per_kv, block, head, first, last
     tiles_on(block[TILES])
     for index in range(first, last):
         page = page_of(block, head, index, page_size)
-        after = page_of(block, head, min(index + AHEAD, last - 1), page_size)
+        after = page_of(block, head, min(index + 1, last - 1), page_size)
         unpack_on_tiles(key_kind, page_size, q_per_kv, block, page, after, tiles)
         score_on_tiles(key_kind, page_size, q_per_kv, block, query, tiles, out + 4 * index * page_size)
     tiles_off()

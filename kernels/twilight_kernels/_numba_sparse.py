@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, literally
 
-from ._numba_attend import BLOCK_TOKENS, attend_rows
+from ._numba_attend import BLOCK_TOKENS, attend_rows, row_bytes_of
 from ._numba_block import (
     CANDIDATE_COLUMNS,
     CANDIDATE_TOKENS,
@@ -26,8 +26,9 @@ from ._numba_block import (
     scored_pages,
     stats_of,
 )
+from ._numba_fetch import fetch_rows
 from ._numba_ir import LANES
-from ._numba_numbers import LOWEST, fast, fast_exp, inlined, u8_at
+from ._numba_numbers import LOWEST, RAW_BF16, fast, fast_exp, inlined, u8_at
 from ._numba_prune import find_threshold, mass_of
 from ._numba_rows import count_flags, flag_at_least, flagged_positions, lower_unflagged
 from ._numba_score import score_pages
@@ -116,16 +117,14 @@ def attend_kept(value_kind, page_size, q_per_kv, value_dim, group_size, block, h
     for g in range(q_per_kv):
         # may be above all kept tokens, if this head needs none: then the plain tokens outweigh it
         partial[g, value_dim] = totals[g, 2] if kept > 0 else LOWEST
-    start = np.int64(0)
+    ahead = rows[2 * BLOCK_TOKENS :]
+    list_rows(value_kind, page_size, value_dim, group_size, block, head, positions, 0, kept, ahead)
     for first in range(0, kept, BLOCK_TOKENS):
         count = min(BLOCK_TOKENS, kept - first)
-        index = np.int64(-1)  # of the page that holds the token; the tokens ascend
-        for i in range(count):
-            token = np.int64(positions[first + i])
-            if token // page_size != index:
-                index = token // page_size
-                start = (page_of(block, head, index, page_size) - index) * page_size
-            rows[i] = start + token
+        rows[:BLOCK_TOKENS] = ahead
+        list_rows(
+            value_kind, page_size, value_dim, group_size, block, head, positions, first + BLOCK_TOKENS, kept, ahead
+        )
         attend_rows(
             value_kind, q_per_kv, value_dim, group_size, block[VALUE_CODES], block[VALUE_LO], block[VALUE_STEP],
             rows, count, logits.ctypes.data, block[TOKENS], positions.ctypes.data + 4 * first, partial, scratch,
@@ -139,6 +138,25 @@ def attend_kept(value_kind, page_size, q_per_kv, value_dim, group_size, block, h
             attended += partial[g, value_dim + 1] * fast_exp(partial[g, value_dim] - totals[g, 0])
             stats[head * q_per_kv + g, 2] += kept
             stats[head * q_per_kv + g, 3] += attended / totals[g, 1]
+
+
+@fast
+def list_rows(value_kind, page_size, value_dim, group_size, block, head, positions, first, kept, rows):
+    """List the value rows of the block of kept tokens that starts at ``first``, and ask for them."""
+    literally(value_kind)
+    count = max(np.int64(0), min(np.int64(BLOCK_TOKENS), kept - first))
+    start, index = np.int64(0), np.int64(-1)  # of the page that holds the token; the tokens ascend
+    for i in range(count):
+        token = np.int64(positions[first + i])
+        if token // page_size != index:
+            index = token // page_size
+            start = (page_of(block, head, index, page_size) - index) * page_size
+        rows[i] = start + token
+    fetch_rows(block[VALUE_CODES], rows.ctypes.data, count, row_bytes_of(value_kind, value_dim))
+    if value_kind < RAW_BF16:
+        scale_bytes = 2 * ((value_dim + group_size - 1) // group_size)
+        fetch_rows(block[VALUE_LO], rows.ctypes.data, count, scale_bytes)
+        fetch_rows(block[VALUE_STEP], rows.ctypes.data, count, scale_bytes)
 
 
 @fast
