@@ -108,7 +108,18 @@ def _append(dtype, value_dim, block, head, column):
 
 @fast
 def attend_pages(
-    key_kind, value_kind, page_size, q_per_kv, value_dim, group_size, block, head, chunk, is_scored, scratch, rows,
+    key_kind,
+    value_kind,
+    page_size,
+    q_per_kv,
+    value_dim,
+    group_size,
+    block,
+    head,
+    chunk,
+    is_scored,
+    scratch,
+    rows,
     tiles,
 ):
     """Score one chunk of pages, if that was not done; attend to it at once if the row is dense."""

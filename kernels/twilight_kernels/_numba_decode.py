@@ -17,7 +17,6 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from ._numba_amx import CONFIG_ADDRESS
 from ._numba_attend import BLOCK_TOKENS, merge, scratch_size
 from ._numba_block import (
     CAPACITY,
@@ -41,9 +40,6 @@ from ._numba_block import (
     QUERY,
     ROWS,
     STRIPS,
-    TILE_BYTES,
-    TILE_WORK,
-    TILES,
     TOKENS,
     VALUE_CODES,
     VALUE_DIM,
@@ -65,7 +61,7 @@ from ._numba_numbers import (
 )
 from ._numba_pool import BLOCK_SIZE, SOURCE_HASH, compile_worker, run, scratch
 from ._numba_score import fold_query
-from ._numba_score_amx import own_tiles, scores_on_tiles, tile_bytes
+from ._numba_score_amx import own_tiles, put_tiles, scores_on_tiles, tile_bytes
 from ._numba_shared_pages import AT_ONCE, query_size, score_shared_pages
 from ._numba_sparse import attend_kept, count_dense, prune
 from ._numba_window import attend_window
@@ -200,17 +196,26 @@ def _template(
         logits, columns * page_size, plain_logits, partials, chunks, max(1, _TASK_TOKENS // page_size), done,
         flags, positions,
     )  # fmt: skip
-    block[[TILES, TILE_WORK, TILE_BYTES]] = CONFIG_ADDRESS, tiles, tile_bytes(page_size, q_per_kv, key_dim)
+    put_tiles(block, page_size, q_per_kv, key_dim, tiles)
     if value_kind >= RAW_BF16:
         group_size = value_dim
-    worker = _decode_worker(scores_on_tiles(key_kind), dtype, key_kind, value_kind, page_size, q_per_kv, value_dim, group_size)
+    worker = _decode_worker(
+        scores_on_tiles(key_kind), dtype, key_kind, value_kind, page_size, q_per_kv, value_dim, group_size
+    )
     worth = -(-rows * kv_heads * (columns * page_size + capacity) * key_dim // _GRAIN)
     return block.tobytes(), worker, min(rows * kv_heads * chunks, worth), done
 
 
 @cache
 def _decode_worker(
-    on_tiles: bool, dtype: int, key_kind: int, value_kind: int, page_size: int, q_per_kv: int, value_dim: int, group_size: int
+    on_tiles: bool,
+    dtype: int,
+    key_kind: int,
+    value_kind: int,
+    page_size: int,
+    q_per_kv: int,
+    value_dim: int,
+    group_size: int,
 ) -> int:
     source = SOURCE_HASH
 

@@ -59,13 +59,16 @@ def store(builder, value, address, align: int = 4) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=align)
 
 
-def prefetch(builder, address, *, is_written: bool = False) -> None:
-    """Ask for the cache line at ``address``, to be kept, and read or written."""
+def prefetch(builder, address) -> None:
+    """Ask for the cache line at ``address``, to be read and kept."""
     pointer = builder.inttoptr(address, I8.as_pointer())
-    kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
-    name = "llvm.prefetch.p0"
-    fetch = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-    builder.call(fetch, [pointer, ir.Constant(I32, int(is_written)), ir.Constant(I32, 3), ir.Constant(I32, 1)])
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *(ir.Constant(I32, n) for n in (0, 3, 1)))
+
+
+def call(builder, name: str, result, *args):
+    """Call one of LLVM's own functions."""
+    kind = ir.FunctionType(result, [arg.type for arg in args])
+    return builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), args)
 
 
 def element(builder, address, index, item_bytes: int):
@@ -94,6 +97,11 @@ def rotated(builder, vector, by: int):
     lanes = vector.type.count
     order = ir.Constant(ir.VectorType(I32, lanes), [(lane + by) % lanes for lane in range(lanes)])
     return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), order)
+
+
+def chosen(builder, a, b, lanes):
+    """The listed lanes of two vectors, one behind the other."""
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes)))
 
 
 def larger(builder, a, b):

@@ -16,7 +16,6 @@ import torch
 from numba import carray, literally
 from torch import Tensor
 
-from ._numba_amx import CONFIG_ADDRESS
 from ._numba_block import (
     CHUNK_PAGES,
     CHUNKS,
@@ -35,9 +34,6 @@ from ._numba_block import (
     QUERY_ROW,
     ROWS,
     SCALING,
-    TILE_BYTES,
-    TILE_WORK,
-    TILES,
     TOKENS,
     float_field,
     kind_of,
@@ -64,7 +60,7 @@ from ._numba_numbers import (
 )
 from ._numba_pool import BLOCK_SIZE, SOURCE_HASH, compile_worker, run, scratch
 from ._numba_rows import range_of_row
-from ._numba_score_amx import own_tiles, score_pages_on_tiles, scores_on_tiles, tile_bytes
+from ._numba_score_amx import own_tiles, put_tiles, score_pages_on_tiles, scores_on_tiles, tile_bytes
 from .layout import KeyPages
 
 _TASK_TOKENS = 1024  # tokens whose logits one task computes
@@ -82,12 +78,9 @@ def key_logits(query: Tensor, pages: KeyPages, block_table: Tensor, num_pages: T
     block[LOGITS], block[TOKENS] = out.data_ptr(), out.shape[2]
     block[CHUNK_PAGES] = max(1, _TASK_TOKENS // page_size)
     block[CHUNKS] = -(-table.shape[1] // block[CHUNK_PAGES])
-    num_bytes = tile_bytes(page_size, heads // kv_heads, query.shape[2])
-    block[[TILES, TILE_BYTES]] = CONFIG_ADDRESS, num_bytes
-    block[TILE_WORK] = scratch(num_bytes * torch.get_num_threads())
-    worker = _logits_worker(
-        scores_on_tiles(kind_of(pages)), RAW_KIND[query.dtype], kind_of(pages), page_size, heads // kv_heads
-    )
+    kind, shape = kind_of(pages), (page_size, heads // kv_heads, query.shape[2])
+    put_tiles(block, *shape, scratch(torch.get_num_threads() * tile_bytes(*shape)))
+    worker = _logits_worker(scores_on_tiles(kind), RAW_KIND[query.dtype], kind, *shape[:2])
     run(worker, block.ctypes.data, rows * kv_heads * int(block[CHUNKS]))
     return out
 
@@ -246,8 +239,7 @@ def score_pages(key_kind, page_size, q_per_kv, block, head, first, last, scratch
     literally(page_size)
     literally(q_per_kv)
     if tiles is not None:
-        score_pages_on_tiles(key_kind, page_size, q_per_kv, block, head, first, last, scratch, tiles)
-        return
+        return score_pages_on_tiles(key_kind, page_size, q_per_kv, block, head, first, last, scratch, tiles)
     out = logits_of(block, head, q_per_kv).ctypes.data
     after = page_of(block, head, first, page_size)
     for index in range(first, last):

@@ -1,19 +1,22 @@
-"""Scoring packed keys on matrix tiles of CPUs (see ``_numba_key_tiles``), page by page.
+"""Scoring packed keys on matrix tiles of CPUs (see ``_numba_key_tiles``, ``_numba_limbs``), page by page.
 
 The scratch of a thread is float32 ``query [q_per_kv, wide] | steps [wide] | lows [wide] | folded [q_per_kv, wide] |
-numbers``, int8 ``limbs``, uint8 ``codes``, int32 ``sums``, each from a multiple of 64 bytes on; *wide* are the channels
-up to a multiple of 64, and what is beyond the keys' own stays zero.
+numbers``, uint8 ``limbs`` and ``codes``, int32 ``sums``, each from a multiple of 64 bytes on; *wide* are the channels
+up to a multiple of 64, and what is beyond the keys' own stays zero. It is passed as an address: numba counts references
+to arrays with atomic instructions, which wait until all that was stored has left the core.
 """
 
 from __future__ import annotations
 
+import numpy as np
 from numba import carray, literally
 
-from ._numba_amx import has_tiles, tiles_off, tiles_on
+from ._numba_amx import CONFIG_ADDRESS, has_tiles, tiles_off, tiles_on
 from ._numba_block import KEY_CODES, KEY_DIM, KEY_LO, KEY_STEP, TILE_BYTES, TILE_WORK, TILES, TOKENS, logits_of, page_of
 from ._numba_fetch import fetch_row
 from ._numba_ir import LANES
-from ._numba_key_tiles import HEADS, LIMBS, ONES, STEP, multiply_limbs, sum_limbs, unpack_key_tiles, write_limbs
+from ._numba_key_tiles import multiply_limbs, unpack_key_tiles
+from ._numba_limbs import HEADS, LIMBS, ONES, STEP, sum_limbs, write_limbs
 from ._numba_numbers import RAW_BF16, RAW_F16, exact, f32_at, fast, inlined, read_row, u8_at
 
 
@@ -27,6 +30,11 @@ def tile_bytes(page_size: int, q_per_kv: int, key_dim: int) -> int:
     wide, rows = -(-key_dim // STEP) * STEP, -(-q_per_kv // HEADS) * LANES
     numbers = -(-LIMBS * -(-q_per_kv // 4) * 4 // LANES) * LANES
     return 4 * ((2 * q_per_kv + 2) * wide + numbers) + rows * wide + wide * page_size + 4 * rows * page_size
+
+
+def put_tiles(block: np.ndarray, page_size: int, q_per_kv: int, key_dim: int, work: int) -> None:
+    """Enter where the threads' scratch is."""
+    block[[TILES, TILE_WORK, TILE_BYTES]] = CONFIG_ADDRESS, work, tile_bytes(page_size, q_per_kv, key_dim)
 
 
 @fast
@@ -118,4 +126,4 @@ def _limb_rows(q_per_kv):
 @inlined
 def _numbers(q_per_kv):
     """Numbers that ``write_limbs`` notes, up to a multiple of 16."""
-    return (3 * ((q_per_kv + 3) // 4 * 4) + LANES - 1) // LANES * LANES
+    return (LIMBS * ((q_per_kv + 3) // 4 * 4) + LANES - 1) // LANES * LANES

@@ -52,8 +52,9 @@ def score_shared_pages(
         tiles_on(block[TILES])
     for index in range(first, end):
         page = page_of(block, longest, index, page_size)
+        after = page_of(block, longest, min(index + 1, end - 1), page_size)
         if tiles is not None:
-            unpack_on_tiles(key_kind, page_size, q_per_kv, block, page, page, tiles)
+            unpack_on_tiles(key_kind, page_size, q_per_kv, block, page, after, tiles)
         elif key_kind < RAW_BF16:
             packed = block[KEY_CODES] + page * key_dim * channel_bytes
             unpack_key_page(key_kind, page_size, packed, channel_bytes, key_dim, codes.ctypes.data)

@@ -18,8 +18,12 @@ from twilight_kernels import (
     PlainTokens,
     ValueCodec,
     ValuePages,
+    _numba_decode,
+    _numba_score,
     _reference,
+    backend_name,
 )
+from twilight_kernels._numba_amx import has_tiles
 
 INTERPRETER = "interpreter"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -71,6 +75,18 @@ def _poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def without_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Score keys as CPUs do that have no matrix tiles; where there are tiles, nothing else would test that."""
+    if backend_name("cpu") != "numba" or not has_tiles("int8"):
+        pytest.skip("the other tests run without tiles")
+    for module in (_numba_decode, _numba_score):
+        monkeypatch.setattr(module, "scores_on_tiles", lambda _: False)
+    _numba_decode._template.cache_clear()
+    yield
+    _numba_decode._template.cache_clear()
 
 
 @pytest.fixture

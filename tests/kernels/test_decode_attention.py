@@ -445,6 +445,29 @@ def test_strips_change_no_bit(case: dict[str, Any], p: float, make_scene: Callab
         assert torch.equal(counted, stats)
 
 
+@pytest.mark.parametrize("p", [0.9, 1.0])
+@pytest.mark.parametrize("values", [CASES[1], CASES[5]], ids=str)
+def test_without_matrix_tiles(
+    values: tuple[Any, ...], p: float, make_scene: Callable[..., Any], without_tiles: None
+) -> None:
+    case = dict(zip(COLUMNS, values, strict=True))
+    test_is_the_attention_of_the_reference(case, p, make_scene)
+    test_strips_change_no_bit(case, p, make_scene)
+
+
+@pytest.mark.parametrize("p", [0.9, 1.0])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_a_query_that_is_not_finite_gives_nan_and_touches_no_other(
+    wrong: float, p: float, make_scene: Callable[..., Any]
+) -> None:
+    scene = make_scene(pages=_pages(), plain=PLAIN)
+    before, query = _decode(decode_attention, scene, p=p)[0], scene.query.clone()
+    query[2, 4, 7] = wrong
+    found, _ = _decode(decode_attention, dataclasses.replace(scene, query=query), p=p)
+    assert bool(found[2, 4].isnan().all())
+    assert torch.equal(found[[0, 1, 3, 4]], before[[0, 1, 3, 4]])
+
+
 def test_strips_may_be_long(make_scene: Callable[..., Any]) -> None:
     scene = make_scene(pages=_pages() * 8, plain=PLAIN * 8, key_bits=3, value_bits=3, group_size=64)
     scene = dataclasses.replace(scene, block_table=scene.block_table[4:5].expand(40, -1))

@@ -31,17 +31,70 @@ def _arguments(scene: Any) -> tuple[Any, ...]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_key_logits_are_those_of_float64_but_for_rounding(case: dict[str, Any], make_scene: Callable[..., Any]) -> None:
     scene = make_scene(pages=(3, 0, 1), plain=(1, 1, 1), **case)
+    found = _assert_logits(scene)
+    assert found.dtype == torch.float32
+    assert found.shape == (3, scene.query.shape[1], 3 * case["page_size"])
+    assert bool((found[1] == -torch.inf).all())
+
+
+def _assert_logits(scene: Any) -> Tensor:
+    """Return the logits; their error is no larger than that of eager computation, and what rounding explains."""
     exact = _reference.key_logits(*_arguments(scene.wide()))
     found = key_logits(*_arguments(scene))
-    assert found.dtype == torch.float32
-    assert found.shape == exact.shape == (3, scene.query.shape[1], 3 * case["page_size"])
     absent = exact == -torch.inf
     assert torch.equal(found == -torch.inf, absent)
-    assert bool(absent[1].all())
     error = (found.double() - exact).abs().masked_fill(absent, 0).amax(-1)
     eager = _reference.key_logits(*_arguments(scene)).double()
     eager_error = (eager - exact).abs().masked_fill(absent, 0).amax(-1)
     assert bool((error <= eager_error + scene.logit_rounding()).all())
+    return found
+
+
+@pytest.mark.parametrize("case", CASES[:4], ids=str)
+def test_key_logits_without_matrix_tiles(
+    case: dict[str, Any], make_scene: Callable[..., Any], without_tiles: None
+) -> None:
+    _assert_logits(make_scene(pages=(3, 0, 1), plain=(1, 1, 1), **case))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"key_bits": 3, "page_size": 128, "q_per_kv": 6, "key_dim": 72},
+        {"key_bits": 4, "page_size": 64, "q_per_kv": 5, "key_dim": 192, "dtype": torch.bfloat16},
+        {"key_bits": 2, "page_size": 16, "q_per_kv": 11, "key_dim": 8, "dtype": torch.float16},
+        {"key_bits": 8, "page_size": 32, "q_per_kv": 2, "key_dim": 320},
+    ],
+    ids=str,
+)
+def test_key_logits_where_tiles_are_not_filled(case: dict[str, Any], make_scene: Callable[..., Any]) -> None:
+    """Channels, tokens and query heads that are no multiple of what a matrix tile of a CPU takes."""
+    _assert_logits(make_scene(pages=(2, 17), plain=(1, 1), **case))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-6, 1.0, 1e30])
+@pytest.mark.parametrize("spread", [0.0, 3.0, 12.0])
+def test_key_logits_of_queries_of_any_size(size: float, spread: float, make_scene: Callable[..., Any]) -> None:
+    """Bytes of a query stand for shares of its largest channel: neither its size nor that of others may matter."""
+    scene = make_scene(pages=(3,), plain=(1,))
+    factors = torch.logspace(0, -spread, 64, device=scene.query.device).roll(5)
+    _assert_logits(dataclasses.replace(scene, query=scene.query * factors * size))
+
+
+def test_key_logits_of_no_query_are_zero(make_scene: Callable[..., Any]) -> None:
+    scene = make_scene(pages=(3,), plain=(1,))
+    assert not bool(key_logits(*_arguments(dataclasses.replace(scene, query=scene.query * 0))).any())
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+def test_key_logits_of_queries_that_are_not_finite_are_not_finite(wrong: float, make_scene: Callable[..., Any]) -> None:
+    scene = make_scene(pages=(3,), plain=(1,))
+    before, query = key_logits(*_arguments(scene)), scene.query.clone()
+    query[0, 1, 7] = wrong
+    found = key_logits(*_arguments(dataclasses.replace(scene, query=query)))
+    assert not bool(found[0, 1].isfinite().any())
+    others = [0, *range(2, query.shape[1])]
+    assert torch.equal(found[0, others], before[0, others])
 
 
 @pytest.mark.interpreted
