@@ -45,18 +45,20 @@ def select_stripes(
     listed = torch.empty_like(column, dtype=torch.int32)
     strides = (*query.stride()[:3], *keys.stride()[:3])
     factor, options = scaling / math.log(2), _select_options(shape)
-    for first in range(0, strips, wave):
-        here = min(wave, strips - first)
-        lse_kernel[(here, tasks, shape["CHUNKS"])](
-            query, keys, padding, lse, base, *strides, first, rows, total, factor, **shape, **options
-        )
-        column_kernel[(triton.cdiv(total, _MASS_SPAN), here, tasks)](
-            query, keys, padding, lse, column, *strides, first, rows, total, factor, **shape, SPAN=_MASS_SPAN, **options
-        )
-        choose_kernel[(here, tasks)](
-            query, keys, padding, lse, base, column, listed, kept, mask, report, *strides, first, strips, rows, total,
-            factor, plan.alpha, plan.floor, **shape, SPAN=_SPAN, **options,
-        )  # fmt: skip
+    with torch.cuda.device_of(query):
+        for first in range(0, strips, wave):
+            here = min(wave, strips - first)
+            lse_kernel[(here, tasks, shape["CHUNKS"])](
+                query, keys, padding, lse, base, *strides, first, rows, total, factor, **shape, **options
+            )
+            column_kernel[(triton.cdiv(total, _MASS_SPAN), here, tasks)](
+                query, keys, padding, lse, column, *strides, first, rows, total, factor, **shape, SPAN=_MASS_SPAN,
+                **options,
+            )  # fmt: skip
+            choose_kernel[(here, tasks)](
+                query, keys, padding, lse, base, column, listed, kept, mask, report, *strides, first, strips, rows,
+                total, factor, plan.alpha, plan.floor, **shape, SPAN=_SPAN, **options,
+            )  # fmt: skip
     return mask, report
 
 
@@ -75,15 +77,16 @@ def attend_stripes(
     lengths = torch.empty(tasks * wave, dtype=torch.int32, device=query.device)
     places = [stride for x in (query, keys, values, out) for stride in x.stride()[:3]]
     parts = plan.strip // shape["BLOCK_T"] * (heads // kv_heads)
-    for first in range(0, strips, wave):
-        here = min(wave, strips - first)
-        list_kernel[(here, tasks)](
-            mask, padding, listed, lengths, first, strips, rows, total, **_list_shape(plan, kv_heads), num_warps=4
-        )
-        attend_kernel[(parts, here, tasks)](
-            query, keys, values, padding, listed, lengths, out, *places, first, rows, total, scaling / math.log(2),
-            **shape, **_attend_options(shape),
-        )  # fmt: skip
+    with torch.cuda.device_of(query):
+        for first in range(0, strips, wave):
+            here = min(wave, strips - first)
+            list_kernel[(here, tasks)](
+                mask, padding, listed, lengths, first, strips, rows, total, **_list_shape(plan, kv_heads), num_warps=4
+            )
+            attend_kernel[(parts, here, tasks)](
+                query, keys, values, padding, listed, lengths, out, *places, first, rows, total, scaling / math.log(2),
+                **shape, **_attend_options(shape),
+            )  # fmt: skip
     return out
 
 

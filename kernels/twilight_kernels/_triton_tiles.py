@@ -30,6 +30,11 @@ def power_of_two(count: int) -> int:
     return 1 << max(0, count - 1).bit_length()
 
 
+def field_bits(bits: int) -> int:
+    """Bits that a byte of the first plane holds of each code; of three one lies in a plane of its own."""
+    return 2 if bits == 3 else bits
+
+
 def tile_tokens(head_dim: int, is_wide: bool = False) -> int:
     """Tokens that are read at once, within a page or one by one; few if products are not made by tensor cores."""
     return 16 if is_wide else min(128, TILE_NUMBERS // power_of_two(head_dim))
@@ -134,6 +139,40 @@ def masked(words, MASK: tl.constexpr):
             "and.b32 $0, $1, $2;", "=r,r,r", [words, tl.full(words.shape, MASK, tl.uint16)], dtype=tl.uint16,
             is_pure=True, pack=2,
         )  # fmt: skip
+
+
+@triton.jit
+def odd_bytes(words):
+    """The upper bytes of words, where the lower ones were; above them is what ``masked`` takes away."""
+    if _WIDENS:
+        return words >> 8
+    else:
+        return tl.inline_asm_elementwise(
+            "shr.b32 $0, $1, 8;", "=r,r", [words], dtype=tl.uint16, is_pure=True, pack=2
+        )  # fmt: skip
+
+
+@triton.jit
+def nibble_words(words, highs, column, HALF: tl.constexpr):
+    """Words of codes of three bits, one in every four: those of the even fields, and of the odd ones.
+
+    The plane of two bits has twice the words of the plane of one, ``highs``: word ``column`` belongs to word
+    ``column % HALF`` of them, and takes its even bits in the first half of the columns, its odd bits in the other.
+    """
+    if _WIDENS:
+        turn = (column // HALF).to(tl.uint16)
+        even = (words & 0x3333) | ((highs << (2 - turn)) & 0x4444)
+        odd = ((words >> 2) & 0x3333) | ((highs >> turn) & 0x4444)
+    else:  # two words an instruction, as in masked; the fourth bits of the codes are left to it
+        is_first = tl.where(column < HALF, 0xFFFF, 0).to(tl.uint16)
+        even, odd = tl.inline_asm_elementwise(
+            """{ .reg .b32 x, y, z;
+            shl.b32 x, $3, 2; shl.b32 y, $3, 1; lop3.b32 x, x, y, $4, 0xE4; lop3.b32 $0, $2, x, 0x33333333, 0xE4;
+            shr.b32 y, $3, 1; lop3.b32 y, $3, y, $4, 0xE4; shr.b32 z, $2, 2; lop3.b32 $1, z, y, 0x33333333, 0xE4; }""",
+            "=&r,=r,r,r,r", [words, highs, tl.broadcast_to(is_first, words.shape)], dtype=(tl.uint16, tl.uint16),
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    return even, odd
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from ._triton_tiles import (
     exact_unit,
     join_tiles,
     masked,
+    odd_bytes,
     power_of_two,
     product,
     stack,
@@ -131,7 +132,7 @@ def plane_product(
 ):  # fmt: skip
     """Weighed sums of plane ``k`` of words ``[L, T, WIDTH / 2]``, whose scales are of one group, ``[L, M, WIDTH]``."""
     even = masked(words, ((1 << BITS) - 1) << (k * BITS)).to(tl.float16, bitcast=True)
-    odd = masked(words >> 8, ((1 << BITS) - 1) << (k * BITS)).to(tl.float16, bitcast=True)
+    odd = masked(odd_bytes(words), ((1 << BITS) - 1) << (k * BITS)).to(tl.float16, bitcast=True)
     found = tl.join(stacked_product(weighed, even), stacked_product(weighed, odd)).reshape(LANES, M, WIDTH)
     return found * (unit * (1.0 / (1 << (k * BITS))))[:, None, None] + bias[:, :, None]
 

@@ -14,7 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from twilight_kernels import PlainTokens, ValueCodec, ValuePages, _reference, decode_attention, release_threads
+from twilight_kernels import (
+    KeyPages,
+    PlainTokens,
+    ValueCodec,
+    ValuePages,
+    _reference,
+    decode_attention,
+    release_threads,
+)
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 COLUMNS = ("key_bits", "value_bits", "page_size", "q_per_kv", "key_dim", "value_dim", "group_size", "dtype")
@@ -497,3 +505,32 @@ def test_threads_that_were_given_back_start_again(make_scene: Callable[..., Any]
     release_threads()
     release_threads()
     assert torch.equal(_decode(decode_attention, scene)[0], before)
+
+
+@pytest.mark.interpreted
+def test_decode_attention_reaches_pages_beyond_two_gigabytes(make_scene: Callable[..., Any]) -> None:
+    """Memory is only named, but for two pages: whatever overruns 32 bits reads elsewhere, or ends the process."""
+    scene = make_scene(
+        kv_heads=1, q_per_kv=3, pages=(2,), plain=(20,), key_bits=2, value_bits=2, page_size=64, group_size=64
+    )
+    device = scene.query.device
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        slots = (1 << 31) // scene.key_pages.codes[0].nbytes + 3
+        key_pages = KeyPages.empty(slots, 1, 64, scene.key_pages.codec, scene.query.dtype, device)
+        value_pages = ValuePages.empty(slots, 1, 64, scene.value_pages.codec, scene.query.dtype, device)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
+    assert min(key_pages.codes.nbytes, value_pages.codes.nbytes) > 1 << 31
+    places = torch.tensor([1, slots - 1], device=device)
+    for large, small in ((key_pages, scene.key_pages), (value_pages, scene.value_pages)):
+        for name, tensor in large.tensors().items():
+            tensor[places] = small.tensors()[name][scene.block_table[0].long()]
+    far = dataclasses.replace(
+        scene, key_pages=key_pages, value_pages=value_pages, block_table=places[None].to(torch.int32)
+    )
+    for p in (0.9, 1.0):
+        arguments, options = scene.inputs()
+        expected = decode_attention(*arguments, **options, p=p)
+        arguments, options = far.inputs()
+        assert torch.equal(decode_attention(*arguments, **options, p=p), expected)
