@@ -98,7 +98,7 @@ class TwilightLayer(CacheLayerMixin):
         start = self.tokens
         self._pending = (key_states, value_states, start)
         self.tokens += key_states.shape[-2]
-        if getattr(self.model_config, "_attn_implementation", None) != ATTENTION_NAME:
+        if _attention_of(self.model_config) != ATTENTION_NAME:
             full = self.full() if start else (key_states, value_states)
             self.commit(None)
             return full
@@ -196,7 +196,9 @@ class TwilightLayer(CacheLayerMixin):
         except MemoryError:
             self.tokens = start
             raise
-        return keys.detach(), values.detach(), step
+        if keys.requires_grad or values.requires_grad:
+            keys, values = keys.detach(), values.detach()
+        return keys, values, step
 
     def _move(self, device: torch.device) -> None:
         self.commit(None)
@@ -246,3 +248,10 @@ class TwilightLayer(CacheLayerMixin):
                     f"{name} must be finite and at most {_LARGEST:g} to be packed, got {largest} in layer "
                     f"{self.layer_idx}; check the model's dtype for overflow, or use the preset 'exact'"
                 )
+
+
+def _attention_of(config: PreTrainedConfig) -> str | None:
+    """Return ``config._attn_implementation``, past the Python code that a config runs for each attribute."""
+    name = object.__getattribute__(config, "__dict__").get("_attn_implementation_internal", ...)
+    found: str | None = getattr(config, "_attn_implementation", None) if name is ... else name
+    return found

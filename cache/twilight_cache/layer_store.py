@@ -37,6 +37,8 @@ class LayerStore:
         key_codec, value_codec: how pages are packed, of equal ``page_size``.
         policy: how decode attends.
         refined: key channels that are stored twice; they need packed pages of ``KeyCodec``.
+    Attributes:
+        has_kernels: whether ``attend`` and ``decode`` take this codec; otherwise attention runs over ``read``.
     """
 
     def __init__(
@@ -51,17 +53,13 @@ class LayerStore:
         self.refined = refined or RefinedChannels()
         self.policy = policy
         self.key_codec, self.value_codec = key_codec, value_codec
+        self.has_kernels = isinstance(key_codec, KeyCodec) and isinstance(value_codec, ValueCodec)
         self.keys: KeyPages | SkvqPages | None = None
         self.values: ValuePages | SkvqPages | None = None
         self.plain: PlainTokens | None = None
         self.tokens = 0  # logical tokens that this layer took; others may be a step ahead
         self.decodes = DecodeStats()
         self.selector_state = SelectorState()
-
-    @property
-    def has_kernels(self) -> bool:
-        """Whether ``attend`` and ``decode`` take this codec; otherwise attention runs over ``read``."""
-        return isinstance(self.key_codec, KeyCodec) and isinstance(self.value_codec, ValueCodec)
 
     def append(self, step: Step, keys: Tensor, values: Tensor) -> None:
         """Take the tokens of ``step``: ``keys [B, K, T, Dk]``, ``values [B, K, T, Dv]``, any strides."""

@@ -22,20 +22,27 @@ OVERRIDE = "HF_TWILIGHT_BACKEND"  # for debugging: one of BACKENDS; what is comp
 _INTERPRET = "TRITON_INTERPRET"
 
 
+@cache
+def override() -> str:
+    """What ``HF_TWILIGHT_BACKEND`` says, read once: asked for at each kernel, the environment costs more than most."""
+    return os.environ.get(OVERRIDE, "")
+
+
 def backend_name(device: torch.device | str) -> str:
     """Name what runs the kernels for tensors on ``device``: ``"numba"``, ``"triton"`` or ``"reference"``.
 
-    The environment variable ``HF_TWILIGHT_BACKEND``, set to one of these, overrides the choice for debugging.
+    The environment variable ``HF_TWILIGHT_BACKEND``, set to one of these, overrides the choice for debugging;
+    it is read once.
 
     Raises:
         ValueError: an override that does not exist, or that cannot run on ``device``.
     """
-    return _name(torch.device(device).type, os.environ.get(OVERRIDE, ""))
+    return _name(torch.device(device).type, override())
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether tensors of ``dtype`` on ``device`` have kernels of their own, not only the slow reference."""
-    return dtype in RAW_DTYPES and _name(device.type, os.environ.get(OVERRIDE, "")) != "reference"
+    return dtype in RAW_DTYPES and _name(device.type, override()) != "reference"
 
 
 def has_prompt_kernels(device: torch.device, dtype: torch.dtype) -> bool:
@@ -58,7 +65,7 @@ def kernels(concept: str, tensor: Tensor, dtype: torch.dtype) -> ModuleType:
     float64 runs on the reference, which is wide enough for it; the other kernels are not.
     """
     device = tensor.device.type
-    name = _name(device, os.environ.get(OVERRIDE, ""))
+    name = _name(device, override())
     if name == "reference":
         return _say_reference(f"no other kernels for {device} here")
     if dtype not in RAW_DTYPES:

@@ -126,7 +126,7 @@ def decode_attention(
         listed_strips = strips.data_ptr(), strips.shape[0] - 1
     shape = rows, heads, key_dim, values
     num_bytes = _work_bytes(*shape, *size, key_codec.page_size)
-    template, worker, threads, done = _template(
+    block, address, worker, threads, done = _prepared(
         *shape, *size, scratch(num_bytes), dtype,
         dtype if key_codec.is_raw else key_codec.bits, dtype if value_codec.is_raw else value_codec.bits,
         key_codec.page_size, value_codec.group_size,
@@ -134,17 +134,18 @@ def decode_attention(
         value_pages.codes.data_ptr(), value_pages.lo.data_ptr(), value_pages.step.data_ptr(),
         plain.keys.data_ptr(), plain.values.data_ptr(),
     )  # fmt: skip
-    block = ctypes.create_string_buffer(template, len(template))
+    _TICKETS.pack_into(block, 0, 0, 0)
     _STEP.pack_into(
         block, 8 * QUERY, query.data_ptr(), query.stride(0), query.stride(1), out.data_ptr(),
         table.data_ptr(), columns, num_pages.data_ptr(), plain_len.data_ptr(), *appended, *listed,
         min_keep, min_sparse_len, 0 if stats is None else stats.data_ptr(), scaling, p, *paged, *listed_strips,
     )  # fmt: skip
     ctypes.memset(done, 0, 8 * rows * values[1])
-    run(worker, ctypes.addressof(block), threads)
+    run(worker, address, threads)
     return out
 
 
+_TICKETS = struct.Struct("=2q")  # of `run`, at the start of a block
 _STEP = struct.Struct("=20q2d5q")  # what changes from step to step, from QUERY on
 
 
@@ -180,11 +181,14 @@ def _chunks(columns: int, page_size: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _template(
+def _prepared(
     rows: int, heads: int, key_dim: int, values: torch.Size, columns: int, threads: int, work: int,
     dtype: int, key_kind: int, value_kind: int, page_size: int, group_size: int, *storage: int,
-) -> tuple[bytes, int, int, int]:  # fmt: skip
-    """What stays as it is while no tensor moves: the block, its worker, the tasks, the done counters."""
+) -> tuple[ctypes.Array[ctypes.c_char], int, int, int, int]:  # fmt: skip
+    """What stays as it is while no tensor moves: the block and its address, its worker, threads, done counters.
+
+    The block belongs to the calling thread, as ``work``, that thread's scratch, does.
+    """
     _, kv_heads, capacity, value_dim = values
     q_per_kv, chunks = heads // kv_heads, _chunks(columns, page_size)
     block = new_block()
@@ -203,7 +207,8 @@ def _template(
         scores_on_tiles(key_kind), dtype, key_kind, value_kind, page_size, q_per_kv, value_dim, group_size
     )
     worth = -(-rows * kv_heads * (columns * page_size + capacity) * key_dim // _GRAIN)
-    return block.tobytes(), worker, min(rows * kv_heads * chunks, worth), done
+    buffer = ctypes.create_string_buffer(block.tobytes(), block.nbytes)
+    return buffer, ctypes.addressof(buffer), worker, min(rows * kv_heads * chunks, worth), done
 
 
 @cache

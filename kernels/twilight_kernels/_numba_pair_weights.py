@@ -34,9 +34,9 @@ _BEND = [round(float(x)) for x in (_OCTAVE * (_HALVES + 1 - 2**_HALVES)).reshape
 def pair_weights(is_first, logits, count, factor, offset, total, shrink, weights):
     """Turn logits ``[count, 64]`` into ``weights [count / 2, 64, 2]`` and add them to ``total [64]``.
 
-    All but the count and the factor, ``UNITS`` times the scaling, are addresses. ``offset [64]`` is minus the reference
-    times the factor, plus ``_ONE``. Returns whether references were raised; ``shrink [64]`` is then what earlier weights
-    are to be multiplied by.
+    All but the count and the factor, ``UNITS`` times the scaling, are addresses. ``offset [64]`` is minus the
+    reference times the factor, plus ``_ONE``. Returns whether references were raised; ``shrink [64]`` is then what
+    earlier weights are to be multiplied by.
     """
     if not is_first and not _weigh(logits, weights, count // 2, factor, offset, total):
         return False

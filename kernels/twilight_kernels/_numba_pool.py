@@ -77,16 +77,21 @@ def run(worker: int, address: int, tasks: int) -> None:
     """
     threads = min(torch.get_num_threads(), tasks)
     if threads <= 1:
-        _WORKER(worker)(address)
+        _function(worker)(address)
         return
     team = _openmp()
     if team is not None:
         team(worker, address, threads, 0)
         return
-    helpers = [_helpers().submit(_WORKER(worker), address) for _ in range(threads - 1)]
-    _WORKER(worker)(address)
+    helpers = [_helpers().submit(_function(worker), address) for _ in range(threads - 1)]
+    _function(worker)(address)
     for helper in helpers:
         helper.result()
+
+
+@lru_cache(maxsize=1024)
+def _function(worker: int) -> Callable[[int], None]:
+    return _WORKER(worker)
 
 
 class _Scratch(threading.local):

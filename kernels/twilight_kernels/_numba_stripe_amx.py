@@ -66,8 +66,8 @@ def room_of(parts, q_per_kv, block):
 def attend_strip_tiles(kind, parts, q_per_kv, block, task, room):
     """Attend the query rows of a task to their sinks, window and stripes; numbers in 1 or 2 ``parts``.
 
-    ``room`` is the address, a multiple of 64, of ``room_of`` bytes: all that follows lies in it, because arrays of numba
-    would count references with locked instructions, each of which waits for the tiles.
+    ``room`` is the address, a multiple of 64, of ``room_of`` bytes: all that follows lies in it, because arrays of
+    numba would count references with locked instructions, each of which waits for the tiles.
     """
     literally(kind)
     literally(parts)

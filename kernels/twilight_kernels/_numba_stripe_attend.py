@@ -107,17 +107,20 @@ def write_strip(kind, block, row, kv_head, q_per_kv, start, end, out, out_dim, t
     """Write ``out [blocks, out_dim, 64]`` over ``total [blocks, 64]`` (addresses) to the rows of a strip."""
     literally(kind)
     item, per_head, dim = item_bytes(kind), (end - start + BLOCK - 1) // BLOCK, block[VALUE_DIM]
-    rows = np.empty((BLOCK, (dim + LANES - 1) // LANES * LANES), np.float32)
+    width = (dim + LANES - 1) // LANES * LANES
+    rows = np.empty((BLOCK, width), np.float32)
+    place = rows.ctypes.data
     for i in range(q_per_kv * per_head):
         first, head = start + i % per_head * BLOCK, kv_head * q_per_kv + i // per_head
         address = block[OUT] + item * (row * block[OUT + 1] + head * block[OUT + 2] + first * block[OUT + 3])
         totals = carray(f32_at(total + 4 * BLOCK * i), (BLOCK,))
-        transpose(out + 4 * BLOCK * out_dim * i, 4 * BLOCK, dim, BLOCK, rows.ctypes.data, 4 * rows.shape[1])
+        transpose(out + 4 * BLOCK * out_dim * i, 4 * BLOCK, dim, BLOCK, place, 4 * width)
         for r in range(min(BLOCK, end - first)):
-            inverse = np.float32(1) / totals[r]
+            numbers, inverse = carray(f32_at(place + 4 * width * r), (dim,)), np.float32(1) / totals[r]
             for d in range(dim):
-                rows[r, d] *= inverse
-            write_row(kind, address + item * r * block[OUT + 3], dim, rows[r])
+                numbers[d] *= inverse
+            write_row(kind, address + item * r * block[OUT + 3], dim, numbers)
+    rows[0, 0] = 0  # it must live until here
 
 
 @fast

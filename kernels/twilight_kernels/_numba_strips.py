@@ -97,7 +97,7 @@ def gather_rows(kind, base, row_bytes, positions, count, dim, out):
 
 @fast
 def hide_later(logits, positions, count, first_row):
-    """Put logits ``[count, 64]`` (address) of keys behind a row's own position out of the softmax; rows are neighbours."""
+    """Put logits ``[count, 64]`` (address) of keys behind a row's position out of the softmax; rows are neighbours."""
     listed, numbers = carray(i32_at(positions), (count,)), carray(f32_at(logits), (count, BLOCK))
     for i in range(count):
         hidden = min(listed[i] - first_row, BLOCK)

@@ -1,4 +1,4 @@
-"""Transposing 32-bit numbers in blocks of 16 x 16, in LLVM IR: a scalar store for each would take four times as long."""
+"""Transposing 32-bit numbers in blocks of 16 x 16, in LLVM IR: storing one by one takes four times as long."""
 
 from __future__ import annotations
 

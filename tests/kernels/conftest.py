@@ -18,6 +18,7 @@ from twilight_kernels import (
     PlainTokens,
     ValueCodec,
     ValuePages,
+    _backend,
     _numba_decode,
     _numba_score,
     _reference,
@@ -58,6 +59,14 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         pytest.skip("Triton is not there, or compiles for the GPU of this machine")
     monkeypatch.setenv("HF_TWILIGHT_BACKEND", "triton")
     return "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _read_anew() -> Iterator[None]:
+    """The backend that the environment names is read once a process: here, once a test."""
+    _backend.override.cache_clear()
+    yield
+    _backend.override.cache_clear()
 
 
 @pytest.fixture(autouse=True)
