@@ -59,6 +59,10 @@ def run(
     found.save_pretrained(folder)
     _print(found.settings, found.report)
     tables.say(f"written to {folder}; use it with: hf-twilight generate --preset {folder}")
+    tables.say(
+        f"beside presets, on other text: hf-twilight eval pareto --small --preset {preset} --preset {folder} "
+        "--text OTHER.txt --out results"
+    )
     return {"settings": found.settings.to_dict(), "report": found.report}
 
 
@@ -93,10 +97,11 @@ def _print(settings: Any, report: dict[str, Any]) -> None:
         got = [str(key_codec.bits), str(refined) if refined else "", str(value_codec.bits)]
         rows.append([index, *drifts, *got, share, dense])
     columns = [
-        "layer", "2-bit keys, mnat", "a quarter refined", "2-bit values, mnat", "key bits", "refined", "value bits",
-        "kept", "dense",
+        "layer", "2-bit keys", "a quarter refined", "2-bit values", "key bits", "channels refined", "value bits",
+        "tokens kept", "dense",
     ]  # fmt: skip
-    tables.print_table("drift of each layer alone, and what it got", columns, rows)
+    title = "drift of each layer rounded alone, thousandths of a nat, and what it got; the most sensitive first"
+    tables.print_table(title, columns, rows)
     if "prefill" in report:
         _print_prefill(settings.alpha, report["prefill"])
     drift, ratio = report["expected_drift"], report["ratio"]

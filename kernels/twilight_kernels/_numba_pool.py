@@ -46,8 +46,11 @@ SOURCE_HASH = int.from_bytes(
 
 def compile_worker(body: Callable[[Any], None], name: str) -> int:
     """Compile ``body``, or load it from numba's cache, and return its address."""
-    with install_listener("numba:run_pass", _Announcement(name)):  # no pass runs if the cache has it
-        worker = cfunc(types.void(types.CPointer(types.int64)), nopython=True, fastmath=True, cache=True)(body)
+    compiler = cfunc(types.void(types.CPointer(types.int64)), nopython=True, fastmath=True, cache=True)
+    # no pass runs if the cache has it; on a thread of its own, for LLVM calls back into Python, where a Ctrl-C that
+    # the main thread is handed would be swallowed and leave half a kernel
+    with install_listener("numba:run_pass", _Announcement(name)), ThreadPoolExecutor(1) as thread:
+        worker = thread.submit(compiler, body).result()
     _ALIVE.append(worker)
     return int(worker.address)
 
