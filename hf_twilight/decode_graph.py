@@ -72,7 +72,7 @@ class DecodeGraph:
         self._model, self._mask = model, unread_mask(model)
         self._owner = weakref.ref(cache)  # which owns us: memory of the GPU must not wait for the cycle to be found
         self._capture = _capture if model.device.type == "cuda" else None
-        self._pool: Any = None
+        self._logits = torch.zeros(0)
         self._batch = 0
         self._static: _StaticStep | None = None
         self._replay: Replay | None = None
@@ -134,7 +134,7 @@ class DecodeGraph:
         assert self._capture is not None
         before = [store.decodes.steps for store in stores]
         try:
-            self._replay, self._logits, self._pool = self._capture(self._forward, self._pool)
+            self._replay, self._logits = self._capture(self._forward)
         except RuntimeError as error:  # what waits for the host cannot be captured, as RoPE that looks at positions
             self.reason = (str(error).splitlines() or [type(error).__name__])[0]
             logger.info("twilight: decode steps are launched one by one: %s", self.reason)
@@ -168,6 +168,7 @@ class DecodeGraph:
     def _forget(self) -> None:
         """Drop the graph; the next step warms up for another one."""
         self._replay, self._held, self._is_warm = None, [], False
+        self._logits = torch.zeros(0)  # it holds the graph's memory
 
     @torch.inference_mode(mode=False)  # a tensor made in that mode could not be written to outside of it
     def _allocate(self, stores: list[LayerStore], step: Step) -> None:
@@ -225,13 +226,13 @@ def refusal(model: Any, cache: TwilightCache) -> str | None:
     return reason
 
 
-def _capture(forward: Callable[[], Tensor], pool: Any) -> tuple[Replay, Tensor, Any]:
-    """Capture ``forward``; return what replays it, the tensor it writes to, and the graph's memory for the next."""
+def _capture(forward: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+    """Capture ``forward``; return what replays it, and the tensor it writes to."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU meanwhile
         logits = forward()
-    return graph.replay, logits, graph.pool()
+    return graph.replay, logits
 
 
 def _owned(stores: list[LayerStore]) -> list[Tensor]:

@@ -67,12 +67,12 @@ def _tensors(out: Any) -> list[Tensor]:
 def taped(monkeypatch: pytest.MonkeyPatch) -> Callable[[DecodeGraph], None]:
     """Give a ``DecodeGraph`` tapes for graphs."""
 
-    def capture(forward: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], None], Tensor, Any]:
+    def capture(forward: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         tape, kernel = _Tape(), twilight_cache.layer_store.decode_attention
         with monkeypatch.context() as patch, tape:
             patch.setattr(twilight_cache.layer_store, "decode_attention", tape.kernel(kernel))
             logits = forward()
-        return tape.replay, logits, pool
+        return tape.replay, logits
 
     def use(graph: DecodeGraph) -> None:
         graph._capture = capture
@@ -277,7 +277,7 @@ def test_a_step_that_cannot_be_captured_is_taken_all_the_same(
     llama: LlamaForCausalLM, make_inputs: MakeInputs, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(graph: DecodeGraph) -> None:
-        def capture(forward: Callable[[], Tensor], pool: Any) -> Any:
+        def capture(forward: Callable[[], Tensor]) -> Any:
             kernel = twilight_cache.layer_store.decode_attention
             with pytest.MonkeyPatch.context() as patch:
                 # the first layer is captured, the second waits for the host
