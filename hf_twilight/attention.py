@@ -1,7 +1,7 @@
 """The attention and mask functions named ``"twilight"``.
 
 A Twilight cache layer returns keys that carry a ``Handle``. The attention function finds the layer through it,
-decodes from packed pages and prefills long prompts sparsely; for everything else (other caches, short prompts,
+decodes from packed pages and prefills prompts, long ones sparsely; for everything else (other caches, few tokens,
 sliding layers, soft caps, attention sinks) it is the stock function on full tensors, bit for bit.
 """
 

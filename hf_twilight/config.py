@@ -138,7 +138,11 @@ class TwilightConfig:
 
     def refined(self, layer_idx: int) -> RefinedChannels:
         """Return which key channels of layer ``layer_idx`` are stored twice."""
-        return RefinedChannels(self.layers[layer_idx].key_refined if layer_idx in self.layers else ())
+        return RefinedChannels(self.layers[layer_idx].key_refined) if layer_idx in self.layers else self._no_channels
+
+    @cached_property  # every layer of a cache asks, and a cache is made for every prompt
+    def _no_channels(self) -> RefinedChannels:
+        return RefinedChannels()
 
     @property
     def stripe_plan(self) -> StripePlan:

@@ -285,3 +285,20 @@ def test_attend_stripes_rejects_what_does_not_fit(device: str) -> None:
         dataclasses.replace(prompt, keys=prompt.keys.half()).select()
     with pytest.raises(ValueError, match=r"padding must be \[1\] int32"):
         dataclasses.replace(prompt, padding=prompt.padding.long()).select()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_right_where_later_keys_outweigh_earlier_ones_by_far(dtype: torch.dtype) -> None:
+    """Weights are relative to a logit of the first keys, which must give way to one that is 2 ** 100 as heavy."""
+    draw = torch.Generator().manual_seed(0)
+    plan, padding = StripePlan(), torch.tensor([0, 77], dtype=torch.int32)
+    query, keys, values = (torch.randn(2, n, 600, 64, generator=draw) for n in (6, 2, 2))
+    query *= torch.linspace(1, 60, 600)[:, None]
+    keys[:, :, 300] *= 20
+    query, keys, values = query.to(dtype), keys.to(dtype), values.to(dtype)
+    mask = torch.full((2, 2, plan.max_strips(600), 75), 255, dtype=torch.uint8)
+    found = attend_stripes(query, keys, values, mask, plan, scaling=0.125, padding=padding).double()
+    exact = _reference.attend_stripes(
+        query.double(), keys.double(), values.double(), mask, plan, scaling=0.125, padding=padding
+    )
+    assert (found - exact).abs().max() < (2e-2 if dtype == torch.bfloat16 else 1e-2) * exact.abs().max()
