@@ -34,7 +34,7 @@ def _print_group(title: str, mode: str, rows: list[dict[str, Any]], figure: str,
             change, error = row["perplexity_change"], row["perplexity_change_error"]
             shown = [f"{row['perplexity']:.3f}", f"{change:+.2%} ± {error:.2%}"]
         else:
-            shown = [f"{max(0.0, row['kl']):.5f} ± {row['kl_error']:.5f}", f"{row['kl_p99']:.4f}"]
+            shown = [f"{max(0.0, row['kl']):.4f} ± {row['kl_error']:.4f}", f"{row['kl_p99']:.4f}"]
         line = [row["method"], *shown, f"{row['agreement']:.1%}"]
         if mode == PACKING:
             line += [tables.size(row["stored_bytes"]), f"{row['smaller']:.2f}x"]

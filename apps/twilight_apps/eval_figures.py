@@ -28,8 +28,21 @@ def render(folder: Path) -> str:
         paths = [path for name in names for path in sorted(folder.glob(f"eval-{name}*.json"))]
         if paths:
             parts.append(f"### {title}")
-            parts += [table(json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+            results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+            parts += [table(result) for result in (_joined(results) if table is _drift else results)]
     return "\n\n".join(parts)
+
+
+def _joined(results: list[Record]) -> list[Record]:
+    """Put together the runs that differ only in which methods and modes they measured."""
+    found: dict[str, Record] = {}
+    for result in results:
+        key = json.dumps([result[name] for name in ("model", "dtype", "seed", "chunk", "positions", "excerpts")])
+        if key in found:
+            found[key]["records"] += result["records"]
+        else:
+            found[key] = result
+    return list(found.values())
 
 
 def _drift(result: Record) -> str:

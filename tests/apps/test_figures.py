@@ -48,8 +48,12 @@ def test_evaluation_tables_come_from_the_json(tmp_path: Path, cli: Callable[...,
         )
         assert result.exit_code == 0, result.stderr
         (tmp_path / f"eval-{command}-x.json").write_text(result.stdout.splitlines()[-1])
+    of_another = (tmp_path / "eval-kl-x.json").read_text().replace('"compact"', '"another"')
+    (tmp_path / "eval-kl-y.json").write_text(of_another)
     text = figures.with_figures("a\n<!-- figures: evaluation -->old<!-- end of figures -->\nb", tmp_path)
     assert "old" not in text
+    assert text.count("| method | smaller |") == 1, "runs on the same excerpts share a table"
+    assert "| another |" in text
     assert (text[:2], text[-2:]) == ("a\n", "\nb")
     record = next(
         r
