@@ -36,13 +36,13 @@ _WORDS = 2048  # of a page, as many as a warp has registers for: 64 tokens of 12
 def score_shape(page_size: int, dim: int, bits: int, per_kv: int) -> dict[str, int]:
     """Constants of the kernels that score pages: four at once; of raw and of the largest ones a part of one."""
     heads, plane = power_of_two(per_kv), page_size * field_bits(bits) // 8  # tokens that lie side by side in a plane
-    is_large = dim > 128 and heads >= 8  # the query takes the registers
+    is_large = dim > 128 or heads > 8  # the query takes the registers
     is_whole = bits != 16 and _words(page_size, dim, bits) <= 2 * _WORDS and not is_large
     if bits == 3:  # elsewhere its two planes do not fit beside the query
         is_whole = heads <= 8 and dim == power_of_two(dim) and page_size >= 64 and page_size * dim <= 64 * 128
     tokens = plane if plane >= 16 else page_size
     if not is_whole:
-        tokens = min(page_size, tile_tokens(dim) // (2 if bits == 16 or is_large else 1))
+        tokens = min(page_size, tile_tokens(dim) // (2 if bits == 16 or heads * dim > 1024 else 1))
     return {
         "PAGE": page_size, "BITS": bits, "D": dim, "DP": max(16, power_of_two(dim)), "PER_KV": per_kv,
         "M": max(8, heads), "LANES": 4 if is_whole else 1,

@@ -21,6 +21,7 @@ CASES: list[dict[str, Any]] = [
     {"key_bits": 4, "page_size": 32, "q_per_kv": 4, "key_dim": 96, "dtype": torch.float16},
     {"key_bits": 8, "page_size": 128, "q_per_kv": 8, "key_dim": 128},
     {"key_bits": 16, "page_size": 64, "q_per_kv": 1, "key_dim": 256, "dtype": torch.bfloat16},
+    {"key_bits": 2, "page_size": 32, "q_per_kv": 16, "key_dim": 64},
     {"key_bits": 16, "page_size": 16, "q_per_kv": 3, "key_dim": 20},
 ]
 
@@ -138,7 +139,7 @@ def _channel_arguments(scene: Any, num_channels: int) -> tuple[Any, ...]:
     return scene.query, scene.key_pages, num_channels, scene.block_table, scene.num_pages, scene.scaling
 
 
-@pytest.mark.interpreted(*(f"7-{case}" for case in CASES), f"1-{CASES[7]}", f"None-{CASES[4]}")
+@pytest.mark.interpreted(*(f"7-{case}" for case in CASES), f"1-{CASES[8]}", f"None-{CASES[4]}")
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("num_channels", [1, 7, None])
 def test_channel_logits_are_those_of_float64_but_for_rounding(
