@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+from collections.abc import Iterator
 
 # A test never needs the network; without this, one that names a missing model waits for it.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +17,8 @@ import torch
 # Triton decides when a kernel is defined whether it compiles or interprets it; without a GPU it can only interpret.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from twilight_kernels import _backend
 
 PACKAGES = ("twilight_kernels", "twilight_cache", "hf_twilight", "twilight_apps")
 LIBRARIES = ("torch", "transformers", "huggingface_hub", "numba", "numpy", "triton")
@@ -39,6 +42,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _backend_read_anew() -> Iterator[None]:
+    """The backend that the environment names is read once a process: here, once a test."""
+    _backend.override.cache_clear()
+    yield
+    _backend.override.cache_clear()
 
 
 def _origin(package: str) -> str:

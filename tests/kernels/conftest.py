@@ -18,7 +18,6 @@ from twilight_kernels import (
     PlainTokens,
     ValueCodec,
     ValuePages,
-    _backend,
     _numba_decode,
     _numba_score,
     _reference,
@@ -62,14 +61,6 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 @pytest.fixture(autouse=True)
-def _read_anew() -> Iterator[None]:
-    """The backend that the environment names is read once a process: here, once a test."""
-    _backend.override.cache_clear()
-    yield
-    _backend.override.cache_clear()
-
-
-@pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Run on one thread, but for the tests of threads: the reference is many tiny operations that gain nothing."""
     before = torch.get_num_threads()
@@ -93,9 +84,9 @@ def without_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         pytest.skip("the other tests run without tiles")
     for module in (_numba_decode, _numba_score):
         monkeypatch.setattr(module, "scores_on_tiles", lambda _: False)
-    _numba_decode._template.cache_clear()
+    _numba_decode._prepared.cache_clear()
     yield
-    _numba_decode._template.cache_clear()
+    _numba_decode._prepared.cache_clear()
 
 
 @pytest.fixture

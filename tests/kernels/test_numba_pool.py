@@ -30,10 +30,14 @@ def test_compile_worker_can_be_interrupted_and_called_again(tmp_path: Path, monk
         signal.raise_signal(signal.SIGINT)
         notify(*compiled)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(engine, "_object_cache_notify", pressed)
-        with pytest.raises(KeyboardInterrupt):
-            compile_worker(module.body, "fresh")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # an earlier test's server may have left its own
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(engine, "_object_cache_notify", pressed)
+            with pytest.raises(KeyboardInterrupt):
+                compile_worker(module.body, "fresh")
+    finally:
+        signal.signal(signal.SIGINT, before)
     block = (ctypes.c_int64 * 2)()
     ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compile_worker(module.body, "fresh"))(ctypes.addressof(block))
     assert block[1] == 7
