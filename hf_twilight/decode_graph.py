@@ -48,6 +48,7 @@ class _StaticStep:
     step: Step
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Attend a layer's ``query [B, H, 1, D]``, its ``key``, ``value [B, K, 1, D]`` taken in: ``[B, 1, H, Dv]``."""
         out = self.stores[layer_idx].attend(query[:, :, 0], scaling, self.step, key[:, :, 0], value[:, :, 0])
         return out[:, None]
 

@@ -117,6 +117,7 @@ class _Fill:
         self._sizes, self._seed = sizes, seed
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Draw and keep a layer's keys and values, ``[1, K, S, D]``, for the queries ``[1, H, 1, D]`` that it gets."""
         kv_heads, dim = key.shape[1], key.shape[3]
         drawn = draw_exponents(query.shape[1], torch.Generator().manual_seed(self._seed + layer_idx))
         generator = torch.Generator(key.device).manual_seed(self._seed + layer_idx)

@@ -222,6 +222,7 @@ class _WholeRow:
 
 
 def value_planes(kind: int, dim: int, group: int) -> list[_ValuePlane | _WholeRow]:
+    """How a value row of ``dim`` channels is read: plane by plane, or whole where its planes fill vectors."""
     if kind in _STORED:
         return [_ValuePlane(kind, 0, 0, dim, 1.0)]
     sizes = [dim * width // 8 for width in planes(kind)]
