@@ -27,8 +27,8 @@ from .bit_allocation import KEY_CLIPS, KEY_FORMS, VALUE_BITS, Option, allocate_b
 from .channel_weights import heavy_channels
 from .config import TwilightConfig, as_config
 from .decode_probe import DecodeProbe
-from .layer_drift import LayerDrift, layer_shapes, refined_count, tail_len
-from .layer_settings import LayerSettings
+from .layer_drift import LayerDrift, layer_shapes, tail_len
+from .layer_settings import LayerSettings, refined_count
 from .samples import sample_ids, with_facts
 from .signature import signature
 
@@ -205,9 +205,12 @@ def _spend(
         refined = tuple(tuple(row[: keys.refined]) for row in heavy[int(name)]) if keys.refined else ()
         layers[int(name)] = LayerSettings(keys.bits, values.bits, KEY_CLIPS.get(keys.bits, 1.0), refined)
     plain = [settings for settings in layers.values() if not settings.key_refined]
-    usual = Counter(plain).most_common(1)[0][0] if plain else replace(layers[min(layers)], key_refined=())
+    usual = Counter(plain).most_common(1)[0][0] if plain else replace(layers[min(layers)], key_refined=0.0)
     own = {layer: settings for layer, settings in layers.items() if settings != usual}
-    settings = replace(base, layers=own, key_bits=usual.key_bits, value_bits=usual.value_bits, key_clip=usual.key_clip)
+    settings = replace(
+        base, layers=own, key_bits=usual.key_bits, value_bits=usual.value_bits, key_clip=usual.key_clip,
+        key_refined=0.0,
+    )  # fmt: skip
     return settings, sum(option.drift for option in chosen)
 
 

@@ -31,7 +31,7 @@ from twilight_kernels import KeyCodec, StripePlan, ValueCodec
 from .layer_settings import LayerSettings, parse_layers
 
 CONFIG_NAME = "twilight_config.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class TwilightConfig:
         page_size: tokens of a page, 16, 32, 64 or 128: unit of packing, selection and sharing.
         group_size: channels of a value that share one scale, a multiple of 16.
         key_clip: share of a page's key range that the levels span, about its midpoint, in ``(0, 1]``.
+        key_refined: share of the key channels, in ``[0, 0.5]``, of which is stored, too, what rounding left of them: in
+            each sequence those that range widest in its first page. Rounded to a multiple of 8 channels.
         num_sinks: first tokens that stay in the model's dtype.
         window: last tokens that stay in the model's dtype.
         p: share of the attention mass that a decode step keeps for each query head, in ``(0, 1]``.
@@ -75,8 +77,9 @@ class TwilightConfig:
     page_size: int = 64
     group_size: int = 64
     key_clip: float = 0.95
+    key_refined: float = 0.125
     num_sinks: int = 4
-    window: int = 128
+    window: int = 64
     p: float = 0.95
     min_keep: int = 16
     selector: str = "full"
@@ -95,8 +98,7 @@ class TwilightConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         _ = self.key_codec, self.value_codec  # check their ranges
-        usual = LayerSettings(self.key_bits, self.value_bits, self.key_clip)
-        object.__setattr__(self, "layers", parse_layers(self.layers, usual))
+        object.__setattr__(self, "layers", parse_layers(self.layers, self._usual))
         if self.calibrated_for is not None and not isinstance(self.calibrated_for, Mapping):
             raise ValueError(f"calibrated_for must be a model's signature or None, got {self.calibrated_for!r}")
         if self.skvq_tables is not None and not isinstance(self.skvq_tables, str):
@@ -132,17 +134,21 @@ class TwilightConfig:
 
     def codecs(self, layer_idx: int) -> tuple[KeyCodec, ValueCodec]:
         """Return how keys and values of layer ``layer_idx`` are packed."""
-        own = self.layers.get(layer_idx) or LayerSettings(self.key_bits, self.value_bits, self.key_clip)
+        own = self.layers.get(layer_idx) or self._usual
         value_codec = ValueCodec(own.value_bits, self.page_size, self.group_size)
         return KeyCodec(own.key_bits, self.page_size, own.key_clip), value_codec
 
-    def refined(self, layer_idx: int) -> RefinedChannels:
-        """Return which key channels of layer ``layer_idx`` are stored twice."""
-        return RefinedChannels(self.layers[layer_idx].key_refined) if layer_idx in self.layers else self._no_channels
+    def refined(self, layer_idx: int, kv_heads: int, key_dim: int) -> RefinedChannels:
+        """Return which key channels of layer ``layer_idx`` are stored twice, of keys of that shape.
 
-    @cached_property  # every layer of a cache asks, and a cache is made for every prompt
-    def _no_channels(self) -> RefinedChannels:
-        return RefinedChannels()
+        Raises:
+            ValueError: channels that keys of that shape do not have.
+        """
+        return (self.layers.get(layer_idx) or self._usual).refined(kv_heads, key_dim)
+
+    @property
+    def _usual(self) -> LayerSettings:
+        return LayerSettings(self.key_bits, self.value_bits, self.key_clip, self.key_refined)
 
     @property
     def stripe_plan(self) -> StripePlan:
@@ -199,6 +205,8 @@ class TwilightConfig:
         """
         given = dict(settings)
         version = given.pop("format_version", FORMAT_VERSION)
+        if version == 1:  # in which only single layers refined channels
+            given["key_refined"], version = 0.0, FORMAT_VERSION
         if version != FORMAT_VERSION:
             raise ValueError(f"format_version must be {FORMAT_VERSION}, got {version!r}; update hf-twilight")
         return TwilightConfig.preset(given.pop("preset", "balanced"), **given)
@@ -302,8 +310,10 @@ def _require_count(name: str, value: int, least: int) -> None:
 
 # What each costs on the embedded model is measured by `hf-twilight bench generate` and stands in the README.
 PRESETS: dict[str, TwilightConfig] = {
-    "exact": TwilightConfig(key_bits=16, value_bits=16, key_clip=1.0, p=1.0, dense_layers=(), alpha=1.0),
+    "exact": TwilightConfig(
+        key_bits=16, value_bits=16, key_clip=1.0, key_refined=0.0, p=1.0, dense_layers=(), alpha=1.0
+    ),
     "quality": TwilightConfig(key_bits=4, value_bits=4, page_size=32, key_clip=1.0, p=0.98),
     "balanced": TwilightConfig(),
-    "compact": TwilightConfig(key_bits=2, value_bits=2, key_clip=0.75, window=64),
+    "compact": TwilightConfig(key_bits=2, value_bits=2, key_clip=0.75),
 }

@@ -55,7 +55,6 @@ class TwilightLayer(CacheLayerMixin):
         self.sequences = sequences
         # asked for here, all layers in a row: in the middle of a forward, each would run on cold caches
         self._policy, self._codecs = settings.policy(layer_idx), settings.codecs(layer_idx)
-        self._refined = settings.refined(layer_idx)
         self.store: LayerStore | None = None
         self.prefill = SparsePrefill(settings, layer_idx)
         self.tokens = 0  # logical tokens, those of an unclaimed update included
@@ -77,8 +76,8 @@ class TwilightLayer(CacheLayerMixin):
             codecs = self._codecs[0].for_heads(self.key_dim), self._codecs[1].for_heads(self.value_dim)
             if codecs != self._codecs:
                 logger.info("layer %d keeps raw pages: head_dim %d does not pack", self.layer_idx, self.key_dim)
-            self._refined.check(self.num_heads, self.key_dim)
-            self.store = LayerStore(self.sequences, *codecs, self._policy, self._refined)
+            refined = self.settings.refined(self.layer_idx, self.num_heads, self.key_dim)
+            self.store = LayerStore(self.sequences, *codecs, self._policy, refined)
         else:
             by_skvq = read_tables(tables, self.layer_idx, self.settings.page_size)
             self.store = LayerStore(self.sequences, *by_skvq, self._policy)

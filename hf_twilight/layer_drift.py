@@ -16,11 +16,10 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from twilight_cache import PagePool, SequenceBatch
-from twilight_cache.refined_channels import CHANNEL_MULTIPLE
 
 from .config import TwilightConfig
 from .layer import TwilightLayer
-from .layer_settings import LayerSettings
+from .layer_settings import LayerSettings, refined_count
 
 # Tokens of a forward and of the window, whatever the preset's: almost all that is attended to has been packed, and
 # what was measured for one preset serves others of its page size.
@@ -57,10 +56,8 @@ class LayerDrift:
                 for chunk in self.ids[:, : -self.tail].split(8 * CHUNK, 1):
                     self.model(chunk, past_key_values=self.cache, use_cache=True)
             self._expected = self._run()
-        refined: tuple[tuple[int, ...], ...] = ()
-        if share:
-            count = refined_count(2 * len(self.heavy[layer][0]), share)
-            refined = tuple(tuple(row[:count]) for row in self.heavy[layer]) if count else ()
+        count = refined_count(2 * len(self.heavy[layer][0]), share)
+        refined = tuple(tuple(row[:count]) for row in self.heavy[layer]) if count else ()
         got, total, count = self._run(layer, LayerSettings(key_bits, value_bits, key_clip, refined)), 0.0, 0
         for wanted, found in zip(self._expected, got, strict=True):
             total += (wanted.exp() * (wanted - found)).sum().item()
@@ -106,11 +103,6 @@ def layer_shapes(model: PreTrainedModel, ids: Tensor) -> dict[int, tuple[int, in
     cached: list[Any] = cache.layers
     packable = [index for index, layer in enumerate(cache.layers) if type(layer) is DynamicLayer]
     return {i: (cached[i].keys.shape[1], cached[i].keys.shape[-1], cached[i].values.shape[-1]) for i in packable}
-
-
-def refined_count(key_dim: int, share: float) -> int:
-    """Key channels that ``share`` of ``key_dim`` means: a multiple of what pages take."""
-    return round(share * key_dim / CHANNEL_MULTIPLE) * CHANNEL_MULTIPLE
 
 
 def _fork(layer: Any) -> Any:

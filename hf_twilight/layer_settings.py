@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from typing import Any
 
-from twilight_cache import check_refined
+from twilight_cache import RefinedChannels, check_refined
+from twilight_cache.refined_channels import CHANNEL_MULTIPLE
 from twilight_kernels import KeyCodec, ValueCodec
 
 
@@ -18,8 +20,9 @@ class LayerSettings:
         key_bits: bits of a stored key number, as in ``TwilightConfig``.
         value_bits: bits of a stored value number.
         key_clip: share of a page's key range that the levels span.
-        key_refined: for each KV head, channels of keys whose rest after rounding is stored as well; as many for each
-            head, a multiple of 8. They depend on the model: ``calibrate`` finds them.
+        key_refined: channels of keys whose rest after rounding is stored as well: for each KV head those that
+            ``calibrate`` found for a model, as many for each head, a multiple of 8; or a share of them in ``[0, 0.5]``,
+            as in ``TwilightConfig``.
     Raises:
         ValueError: a value outside its range, or refined channels of keys that are not rounded.
     """
@@ -27,16 +30,27 @@ class LayerSettings:
     key_bits: int
     value_bits: int
     key_clip: float
-    key_refined: tuple[tuple[int, ...], ...] = ()
+    key_refined: tuple[tuple[int, ...], ...] | float = 0.0
 
     def __post_init__(self) -> None:
         key_codec, _ = KeyCodec(self.key_bits, clip=self.key_clip), ValueCodec(self.value_bits)  # check their ranges
-        if isinstance(self.key_refined, str) or not all(isinstance(row, list | tuple) for row in self.key_refined):
-            raise ValueError(f"key_refined must be a list of channels for each KV head, got {self.key_refined!r}")
-        object.__setattr__(self, "key_refined", tuple(tuple(row) for row in self.key_refined))
-        check_refined(self.key_refined)
-        if self.key_refined and key_codec.is_raw:
+        given: Any = self.key_refined or 0.0
+        if not isinstance(given, list | tuple) or not all(isinstance(row, list | tuple) for row in given):
+            _require_refinable(given)
+            object.__setattr__(self, "key_refined", given)
+            return
+        check_refined(given)
+        object.__setattr__(self, "key_refined", tuple(tuple(row) for row in given))
+        if key_codec.is_raw:
             raise ValueError(f"key_refined must be empty for {self.key_bits}-bit keys, which are not rounded")
+
+    def refined(self, kv_heads: int, key_dim: int) -> RefinedChannels:
+        """Return what is refined of keys of that shape.
+
+        Raises:
+            ValueError: channels that keys of that shape do not have.
+        """
+        return _refined(self.key_refined, KeyCodec(self.key_bits).for_heads(key_dim).is_raw, kv_heads, key_dim)
 
 
 def parse_layers(given: Any, default: LayerSettings) -> dict[int, LayerSettings]:
@@ -52,6 +66,32 @@ def parse_layers(given: Any, default: LayerSettings) -> dict[int, LayerSettings]
         raise ValueError(f"layers must map a layer's index to its settings, got {given!r}; as {_EXAMPLE}")
     found = {_index(index): _layer(index, settings, default) for index, settings in given.items()}
     return dict(sorted(found.items()))
+
+
+def _require_refinable(share: Any) -> None:
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 <= share <= 0.5:
+        raise ValueError(
+            "key_refined must be a share in [0, 0.5], or of one layer a list of channels for each KV head, got "
+            f"{share!r}; pass 0.0 to refine none"
+        )
+
+
+@lru_cache(maxsize=1024)  # every layer of a cache asks, and a cache is made for every prompt
+def _refined(
+    channels: tuple[tuple[int, ...], ...] | float, is_raw: bool, kv_heads: int, key_dim: int
+) -> RefinedChannels:
+    if is_raw:
+        return RefinedChannels()
+    if isinstance(channels, int | float):
+        return RefinedChannels(refined_count(key_dim, channels))
+    refined = RefinedChannels(channels)
+    refined.check(kv_heads, key_dim)
+    return refined
+
+
+def refined_count(key_dim: int, share: float) -> int:
+    """Key channels that ``share`` of ``key_dim`` means: a multiple of what pages take."""
+    return round(share * key_dim / CHANNEL_MULTIPLE) * CHANNEL_MULTIPLE
 
 
 _NAMES = tuple(field.name for field in fields(LayerSettings))

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .cache import TwilightCache
     from .layer import TwilightLayer
 
-FILE_VERSION = 1
+FILE_VERSION = 2
 
 
 def save_cache(cache: TwilightCache, path: str | Path, *, tokens: Tensor | None = None) -> None:
@@ -141,7 +141,9 @@ def _layer_tensors(layer: TwilightLayer, used: np.ndarray[Any, Any]) -> dict[str
     columns = int(layer.sequences.plain.max())
     found = {}
     for name, tensor in layer.store.tensors().items():
-        if name == "plain.keys":
+        if name == "refined.index":
+            pass
+        elif name == "plain.keys":
             tensor = tensor[..., :columns]
         elif name == "plain.values":
             tensor = tensor[:, :, :columns]
@@ -167,8 +169,8 @@ def _restore(cache: TwilightCache, tensors: dict[str, Tensor], facts: dict[str, 
             continue
         if layer in cache.twilight_layers:
             stored = own["plain.keys"].transpose(-1, -2)
-            key_dim = stored.shape[-1] - layer.settings.refined(index).count
-            layer.lazy_initialization(stored[..., :key_dim], own["plain.values"])
+            refined = own["refined.index"].shape[-1] if "refined.index" in own else 0
+            layer.lazy_initialization(stored[..., : stored.shape[-1] - refined], own["plain.values"])
             _restore_layer(layer, own)
         else:
             layer.lazy_initialization(own["keys"], own["values"])
@@ -198,5 +200,6 @@ def _restore_layer(layer: TwilightLayer, own: dict[str, Tensor]) -> None:
     store.plain = PlainTokens.empty(rows, heads, key_dim, stored_values.shape[-1], room, stored_keys.dtype, "cpu")
     store.plain.keys[..., :columns] = stored_keys
     store.plain.values[:, :, :columns] = stored_values
+    store.refined_index = own.get("refined.index")
     prefix = "selector."
     store.selector_state.restore({n.removeprefix(prefix): t for n, t in own.items() if n.startswith(prefix)})

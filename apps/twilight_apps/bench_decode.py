@@ -115,7 +115,8 @@ def _at_context(inputs: AttentionInputs, presets: dict[str, TwilightConfig], rou
 def _packed(inputs: AttentionInputs, settings: TwilightConfig) -> tuple[LayerStore, Step]:
     """Pack all tokens but the last, and open the step that takes the last."""
     sequences = SequenceBatch(settings.layout, PagePool())
-    store = LayerStore(sequences, settings.key_codec, settings.value_codec, DecodePolicy())
+    refined = settings.refined(0, inputs.keys.shape[1], inputs.keys.shape[3])
+    store = LayerStore(sequences, settings.key_codec, settings.value_codec, DecodePolicy(), refined)
     before = inputs.keys.shape[2] - 1
     store.append(sequences.begin(0, before, 1, [0]), inputs.keys[:, :, :before], inputs.values[:, :, :before])
     return store, sequences.begin(before, 1, 1, [0])

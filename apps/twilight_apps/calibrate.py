@@ -93,7 +93,7 @@ def _print(settings: Any, report: dict[str, Any]) -> None:
         drifts = [f"{1000 * nats:.2f}" for nats in (keys["0.0"], keys["0.25"], values["0.0"])]
         share = f"{report['kept_shares'].get(index, 1.0):.0%}"
         dense = "yes" if int(index) in settings.dense_layers else ""
-        refined = settings.refined(int(index)).count
+        refined = settings.refined(int(index), *layers[index]["shape"][:2]).count
         got = [str(key_codec.bits), str(refined) if refined else "", str(value_codec.bits)]
         rows.append([index, *drifts, *got, share, dense])
     columns = [

@@ -58,7 +58,7 @@ def check_decode(name: str, store: LayerStore, step: Step, inputs: AttentionInpu
     per_kv = out.shape[1] // store.plain.keys.shape[1]
     for k in range(store.plain.keys.shape[1]):
         heads = slice(k * per_kv, (k + 1) * per_kv)
-        head = _one_head(store, k, inputs.query[:, heads])
+        head = _one_head(store, k, store.widened(inputs.query)[:, heads])
         chosen = None if candidates is None else candidates[:, k : k + 1]
         error, tolerance = _compare(head, step, policy, inputs, k, chosen, out[:, heads])
         if not error <= tolerance:
@@ -92,7 +92,7 @@ def attended_mass(store: LayerStore, step: Step, inputs: AttentionInputs) -> Ten
     masses = []
     for k in range(kv_heads):
         heads = slice(k * per_kv, (k + 1) * per_kv)
-        head = _one_head(store, k, inputs.query[:, heads])
+        head = _one_head(store, k, store.widened(inputs.query)[:, heads])
         chosen = _candidates(selection, step, store.key_codec.page_size, k)
         masses.append(_exact_mass(head, step, store.policy, inputs, heads, chosen, sinks))
     return torch.cat(masses)

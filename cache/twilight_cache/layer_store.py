@@ -38,6 +38,7 @@ class LayerStore:
         policy: how decode attends.
         refined: key channels that are stored twice; they need packed pages of ``KeyCodec``.
     Attributes:
+        refined_index: ``[B, K, R]`` int64, the refined channels of each row; None before the first token.
         has_kernels: whether ``attend`` and ``decode`` take this codec; otherwise attention runs over ``read``.
     """
 
@@ -57,6 +58,7 @@ class LayerStore:
         self.keys: KeyPages | SkvqPages | None = None
         self.values: ValuePages | SkvqPages | None = None
         self.plain: PlainTokens | None = None
+        self.refined_index: Tensor | None = None
         self.tokens = 0  # logical tokens that this layer took; others may be a step ahead
         self.decodes = DecodeStats()
         self.selector_state = SelectorState()
@@ -108,10 +110,11 @@ class LayerStore:
     ) -> Tensor:
         assert isinstance(self.keys, KeyPages) and isinstance(self.values, ValuePages) and self.plain is not None
         block_table, num_pages, plain_len = step.tables(query.device)
-        policy, selection = self.policy, self.select(query, scaling, step)
+        query = self.widened(query)
+        policy, selection = self.policy, self._select(query, scaling, step)
         min_pages = -(-policy.min_sparse_len // self.key_codec.page_size)
         return decode_attention(
-            self.refined.widen_query(query),
+            query,
             self.keys,
             self.values,
             self.plain,
@@ -131,12 +134,19 @@ class LayerStore:
 
     def select(self, query: Tensor, scaling: float, step: Step) -> Selection | None:
         """Return the candidates of a step for ``query [B, H, D]``; None if every packed token is one."""
+        return self._select(self.widened(query), scaling, step)
+
+    def widened(self, query: Tensor) -> Tensor:
+        """Return queries ``[B, H, D]`` or ``[B, H, T, D]`` as the kernels take them: refined channels twice."""
+        return query if self.refined_index is None else self.refined.widen_query(query, self.refined_index)
+
+    def _select(self, query: Tensor, scaling: float, step: Step) -> Selection | None:
         pages = step.most_pages
         if not pages or pages * self.key_codec.page_size < self.policy.min_sparse_len:
             return None
         block_table, num_pages, plain_len = step.tables(query.device)
         view = self._view(block_table, num_pages, plain_len - 1, scaling)
-        return self.policy.selector.select(self.refined.widen_query(query), view)
+        return self.policy.selector.select(query, view)
 
     def observe(self, queries: Tensor, scaling: float) -> None:
         """Show the selector the queries ``[B, H, T, D]`` of a forward of several tokens, which are stored already."""
@@ -148,7 +158,7 @@ class LayerStore:
         most, device = int(sequences.pages.max()), queries.device
         tables = sequences.table[:, :most], sequences.pages.astype(np.int32), sequences.plain.astype(np.int32)
         block_table, num_pages, plain_len = (torch.from_numpy(table.copy()).to(device) for table in tables)
-        queries = self.refined.widen_query(queries[:, :, -last:].detach())
+        queries = self.widened(queries[:, :, -last:].detach())
         selector.observe(queries, self._view(block_table, num_pages, plain_len, scaling))
 
     def _view(self, block_table: Tensor, num_pages: Tensor, plain_len: Tensor, scaling: float) -> LayerView:
@@ -165,6 +175,9 @@ class LayerStore:
         for flush in flushes:
             end = sinks + len(flush.page_ids) * size
             keys = plain.keys[flush.row, :, :, sinks:end].transpose(-1, -2)
+            if self.refined.count:
+                keys = keys.clone()
+                self._refine(flush, keys)
             self._store(flush.page_ids, keys, plain.values[flush.row, :, sinks:end])
             plain.keys[flush.row, :, :, sinks : sinks - end] = plain.keys[flush.row, :, :, end:].clone()
             plain.values[flush.row, :, sinks : sinks - end] = plain.values[flush.row, :, end:].clone()
@@ -193,7 +206,10 @@ class LayerStore:
                 at = end
             keys[row, :, at:total] = plain.keys[row, :, :, first:columns].transpose(-1, -2)
             values[row, :, at:total] = plain.values[row, :, first:columns]
-        return self.refined.fold(keys), values
+        return self._folded(keys), values
+
+    def _folded(self, keys: Tensor, rows: slice = slice(None)) -> Tensor:
+        return keys if self.refined_index is None else self.refined.fold(keys, self.refined_index[rows])
 
     def crop(self, crops: Sequence[Crop]) -> None:
         """Cut rows; tokens of a page that is cut through come back into the window, dequantized."""
@@ -207,7 +223,7 @@ class LayerStore:
                 page_id = torch.tensor([crop.page_id], dtype=torch.int32, device=plain.keys.device)
                 keys = load_pages(self.keys, page_id, plain.keys.dtype)[0, :, : crop.restored]
                 values = load_pages(self.values, page_id, plain.values.dtype)[0, :, : crop.restored]
-                keys = self.refined.widen(self.refined.fold(keys[None])[0])
+                keys = self.refined.widen(self._folded(keys[None], slice(crop.row, crop.row + 1))[0])
                 plain.keys[crop.row, :, :, sinks : sinks + crop.restored] = keys.transpose(-1, -2)
                 plain.values[crop.row, :, sinks : sinks + crop.restored] = values
 
@@ -218,12 +234,13 @@ class LayerStore:
             return
         index = rows.to(self.plain.keys.device)
         self.plain = PlainTokens(self.plain.keys.index_select(0, index), self.plain.values.index_select(0, index))
+        self.refined_index = None if self.refined_index is None else self.refined_index.index_select(0, index)
         self.selector_state.select_rows(index)
         self.decodes.select_rows(index)
 
     def clear(self) -> None:
         """Drop every tensor."""
-        self.keys = self.values = self.plain = None
+        self.keys = self.values = self.plain = self.refined_index = None
         self.decodes.clear()
         self.selector_state = SelectorState()
         self.tokens = 0
@@ -236,6 +253,7 @@ class LayerStore:
         self.keys = changed(self.keys, lambda t: t.to(device))
         self.values = changed(self.values, lambda t: t.to(device))
         self.plain = PlainTokens(self.plain.keys.to(device), self.plain.values.to(device))
+        self.refined_index = None if self.refined_index is None else self.refined_index.to(device)
         self.selector_state.move(device)
 
     def bytes_read(self, scored: Sequence[float], kept: Sequence[float]) -> float:
@@ -255,7 +273,9 @@ class LayerStore:
         """Every persistent tensor by name."""
         if self.plain is None or self.keys is None or self.values is None:
             return {}
+        refined = {} if self.refined_index is None else {"refined.index": self.refined_index}
         return {
+            **refined,
             **{f"keys.{name}": tensor for name, tensor in self.keys.tensors().items()},
             **{f"values.{name}": tensor for name, tensor in self.values.tensors().items()},
             "plain.keys": self.plain.keys,
@@ -266,14 +286,14 @@ class LayerStore:
         """Count the bytes of every persistent tensor, by what they are for."""
         if self.plain is None or self.keys is None or self.values is None:
             return LayerBytes()
-        scales = (self.keys.lo, self.keys.step, self.values.lo, self.values.step)
+        scales = sum(t.nbytes for t in (self.keys.lo, self.keys.step, self.values.lo, self.values.step))
         allocated = max(1, self.keys.num_pages)
-        packed = self.keys.codes.nbytes + self.values.codes.nbytes + sum(t.nbytes for t in scales)
+        packed = self.keys.codes.nbytes + self.values.codes.nbytes + scales
         column = (self.plain.keys.nbytes + self.plain.values.nbytes) // self.plain.capacity
         sinks = column * min(self.sequences.layout.num_sinks, self.plain.capacity)
         return LayerBytes(
             codes=self.keys.codes.nbytes + self.values.codes.nbytes,
-            scales=sum(t.nbytes for t in scales),
+            scales=scales + (0 if self.refined_index is None else self.refined_index.nbytes),
             sinks=sinks,
             window=column * self.plain.capacity - sinks,
             selector=self.selector_state.num_bytes,
@@ -301,6 +321,7 @@ class LayerStore:
             pages = self.sequences.pool.capacity
             self.keys = empty_keys(pages, self.key_codec, heads, key_dim, keys.dtype, keys.device)
             self.values = empty_values(pages, self.value_codec, heads, values.shape[-1], keys.dtype, keys.device)
+            self.refined_index = self.refined.begin(rows, heads, keys.device) if self.refined.count else None
         else:
             rows, heads, key_dim, _ = plain.keys.shape
             room = needed + needed // 8
@@ -314,9 +335,11 @@ class LayerStore:
         plain, sinks = self.plain, self.sequences.layout.num_sinks
         assert plain is not None and self.keys is not None and self.values is not None
         page_ids: list[int] = [] if flush is None else flush.page_ids
-        if page_ids:
+        if flush is not None:
             self._grow_pages()
-        if isinstance(self.keys, KeyPages) and isinstance(self.values, ValuePages) and not self.refined.count:
+            if self.refined.count:
+                self._refine(flush, keys[:, sinks : sinks + len(page_ids) * self.key_codec.page_size])
+        if isinstance(self.keys, KeyPages) and isinstance(self.values, ValuePages):
             ids = torch.tensor(page_ids, dtype=torch.int32, device=keys.device)
             store_tokens(self.keys, self.values, plain, ids, keys, values, row=row, num_sinks=sinks)
             return
@@ -324,16 +347,22 @@ class LayerStore:
         if page_ids:
             self._store(page_ids, *paged)
 
+    def _refine(self, flush: Flush, keys: Tensor) -> None:
+        """Write the rests into the last channels of the keys ``[K, N * page_size, D + R]`` that a row packs."""
+        assert self.refined_index is not None and isinstance(self.key_codec, KeyCodec)
+        pages = keys.unflatten(1, (len(flush.page_ids), -1)).transpose(0, 1)  # [N, K, page_size, D + R]
+        exact = pages[..., : -self.refined.count]
+        if not flush.first:
+            self.refined_index[flush.row] = self.refined.choose(exact[:1])[0]
+        index = self.refined_index[flush.row].expand(len(flush.page_ids), -1, -1)
+        pages[..., -self.refined.count :] = self.refined.rests(exact, index, self.key_codec)
+
     def _store(self, page_ids: list[int], keys: Tensor, values: Tensor) -> None:
         """Quantize ``[K, N * page_size, D]`` into pages."""
         assert self.keys is not None and self.values is not None
         size = self.key_codec.page_size
         ids = torch.tensor(page_ids, dtype=torch.int32, device=keys.device)
-        key_pages = keys.unflatten(1, (len(page_ids), size)).transpose(0, 1)
-        if self.refined.count and isinstance(self.keys, KeyPages):
-            self.refined.store(self.keys, ids, key_pages)
-        else:
-            store_pages(self.keys, ids, key_pages)
+        store_pages(self.keys, ids, keys.unflatten(1, (len(page_ids), size)).transpose(0, 1))
         store_pages(self.values, ids, values.unflatten(1, (len(page_ids), size)).transpose(0, 1))
 
     def _grow_pages(self) -> None:

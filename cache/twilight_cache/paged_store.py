@@ -106,7 +106,8 @@ class PagedStore:
     ) -> None:
         self.policy, self.num_sinks = policy, num_sinks
         self.refined = refined
-        refined.check(kv_heads, key_dim)
+        # by packed slot: which channels are refined in sequences that begin with that page
+        self._refined_index = refined.begin(packed_pages, kv_heads, device, torch.int16)
         size, key_dim = key_codec.page_size, key_dim + refined.count
         self.plain = PlainTokens(
             torch.empty(plain_pages, kv_heads, key_dim, size, dtype=dtype, device=device),
@@ -129,21 +130,27 @@ class PagedStore:
             self.plain.keys[target, :, :, :count] = self.plain.keys[source, :, :, :count]
             self.plain.values[target, :, :count] = self.plain.values[source, :, :count]
 
-    def pack(self, plain: Tensor, packed: Tensor) -> None:
-        """Pack the plain pages ``plain [N]`` into the slots ``packed [N]``."""
+    def pack(self, plain: Tensor, packed: Tensor, first: Tensor) -> None:
+        """Pack the plain pages ``plain [N]`` into the slots ``packed [N]``.
+
+        ``first [N]`` are the slots of the first packed page of each page's sequence, packed before or now.
+        """
         keys = self.plain.keys[plain].transpose(-1, -2)
         if self.refined.count:
-            self.refined.store(self.keys, packed, keys)
-        else:
-            store_key_pages(self.keys, packed, keys)
+            exact = keys[..., : -self.refined.count]
+            self._refined_index[packed] = self.refined.choose(exact).to(torch.int16)
+            keys[..., -self.refined.count :] = self.refined.rests(exact, self._index_of(first), self.keys.codec)
+        store_key_pages(self.keys, packed, keys)
         store_value_pages(self.values, packed, self.plain.values[plain])
 
     def attend(self, query: Tensor, tables: RowTables | PromptTables, scaling: float) -> Tensor:
         """Attend rows ``[R, H, D]`` to what their tables list: ``[R, H, Dv]``."""
         policy = self.policy
+        if self.refined.count:
+            query = self._widened(query, tables.block_table)
         if isinstance(tables, PromptTables):
             return prompt_attention(
-                self.refined.widen_query(query),
+                query,
                 self.keys,
                 self.values,
                 self.plain,
@@ -159,7 +166,7 @@ class PagedStore:
                 stats=tables.stats,
             )
         return decode_attention(
-            self.refined.widen_query(query),
+            query,
             self.keys,
             self.values,
             self.plain,
@@ -176,10 +183,19 @@ class PagedStore:
             strips=tables.strips,
         )
 
+    def _index_of(self, first: Tensor) -> Tensor:
+        return self._refined_index[first.long()].long()
+
+    def _widened(self, query: Tensor, block_table: Tensor) -> Tensor:
+        first = block_table[..., :1].flatten()  # [R], or [1] of a prompt, or none
+        if not first.numel():
+            return self.refined.widen(query)  # plain keys have zeros there
+        return self.refined.widen_query(query, self._index_of(first))
+
     def num_bytes(self) -> tuple[int, int]:
         """Bytes of one plain page and of one packed page."""
         plain = (self.plain.keys.nbytes + self.plain.values.nbytes) // max(1, self.plain.keys.shape[0])
         if self.keys.codes is self.plain.keys:
             return plain, 0
-        tensors = [*self.keys.tensors().values(), *self.values.tensors().values()]
+        tensors = [*self.keys.tensors().values(), *self.values.tensors().values(), self._refined_index]
         return plain, sum(tensor.nbytes for tensor in tensors) // max(1, self.keys.num_pages)

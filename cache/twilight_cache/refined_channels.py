@@ -1,107 +1,121 @@
-"""Key channels that are stored twice: once as all others, and once more for what rounding left of them.
+"""Key channels that are stored twice: once rounded, once what rounding left of them.
 
-Channels differ by orders of magnitude in what their rounding does to the logits, which is the mean square of the
-queries there times the squared step. Storing the rest of the few heaviest as further channels of the same pages gives
-them twice the bits and all others none, with the codec and the kernels of pages as they are: the query holds those
-channels twice as well. A channel may be named again for what is left after that.
+A few channels carry most of what rounding does to attention: their ranges in a page are wide, and queries are large
+there. The rest of such a channel, rounded as keys are, is a further channel of the page, and the query holds the
+channel twice: ``q * k`` is ``q * rounded + q * rest``. So the codec, the layout and the kernels stay what they are; a
+page just has ``D + R`` channels. Plain keys are exact and have zeros there.
 
-Sources: successive refinement, Equitz and Cover (IEEE Trans. IT 37, 1991); bits by variance, "reverse water-filling",
-Cover and Thomas, Elements of Information Theory, 10.3.3.
+Which channels those are is found by calibration, or by each sequence itself: those that range widest in its first
+page. A model's wide channels stay the same along a text and from text to text, so one page tells enough.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twilight_kernels import KeyPages, load_key_pages, store_key_pages
+from twilight_kernels import KeyCodec, rounded_keys
 
-CHANNEL_MULTIPLE = 8  # of channels that pages hold
+CHANNEL_MULTIPLE = 8  # what a head dim must be a multiple of to be packed
+Named: TypeAlias = Sequence[Sequence[int]]
 
 
 class RefinedChannels:
-    """Widens queries and keys of ``D`` channels to the ``D + R`` that are stored, and back.
+    """Which channels of a layer's keys are refined, and how keys of ``D`` channels and queries become ``D + R`` wide.
 
     Args:
-        channels: for each KV head the ``R`` channels whose rest is stored, R a multiple of 8; no heads for none.
+        channels: for each KV head its ``R`` channels, where one that is named again holds the rest of its rest; or R,
+            for those that range widest in the first page of each sequence. R is a multiple of 8, 0 for none.
     Raises:
         ValueError: heads with different numbers of channels, or another number than a multiple of 8.
     """
 
-    def __init__(self, channels: Sequence[Sequence[int]] = ()) -> None:
+    def __init__(self, channels: int | Named = 0) -> None:
+        self._named: Tensor | None = None  # [K, R]
+        self._turns = torch.zeros(0)  # [K, R], how often each was named before
+        if isinstance(channels, int):
+            self.count = channels
+            _require_multiple({channels} - {0}, channels)
+            return
         check_refined(channels)
-        self.heads, self.count = len(channels), len(channels[0]) if channels else 0
-        self._index = torch.tensor([list(row) for row in channels]).view(self.heads, self.count)
-        # a channel named for the second time holds the rest of its first rest
-        turns = [[list(row[:at]).count(channel) for at, channel in enumerate(row)] for row in channels]
-        self._turns = torch.tensor(turns).view(self.heads, self.count)
-        self._sources: Tensor | None = None  # [H, D + R], which channel of a query each stored one takes
+        self.count = len(channels[0]) if channels else 0
+        if channels:
+            turns = [[list(row[:at]).count(channel) for at, channel in enumerate(row)] for row in channels]
+            self._named, self._turns = torch.tensor([list(row) for row in channels]), torch.tensor(turns)
 
     def check(self, kv_heads: int, key_dim: int) -> None:
         """Raise ValueError unless these are channels of keys of that shape."""
-        if self.count and (self.heads != kv_heads or int(self._index.max()) >= key_dim):
+        named = self._named
+        if named is not None and (named.shape[0] != kv_heads or int(named.max()) >= key_dim):
             raise ValueError(
-                f"key_refined must name channels below {key_dim} for each of {kv_heads} KV heads, got {self.heads} "
-                f"heads and channels up to {int(self._index.max())}; calibrate this model"
+                f"key_refined must name channels below {key_dim} for each of {kv_heads} KV heads, got "
+                f"{named.shape[0]} heads and channels up to {int(named.max())}; calibrate this model"
             )
+
+    def begin(self, sequences: int, kv_heads: int, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+        """Return the channels ``[B, K, R]`` of sequences without packed pages: those named, or any."""
+        index = torch.zeros(sequences, kv_heads, self.count, dtype=dtype, device=device)
+        return index if self._named is None else index.copy_(self._named)
+
+    def choose(self, first_pages: Tensor) -> Tensor:
+        """Return the channels ``[N, K, R]`` of sequences whose first pages hold keys ``[N, K, page_size, D]``."""
+        if self._named is not None:
+            return self._named.to(first_pages.device).expand(first_pages.shape[0], -1, -1)
+        x = first_pages.float()
+        ranges = x.amax(-2) - x.amin(-2)
+        # stable, for a page must choose the same wherever and beside whatever it is packed
+        return torch.sort(ranges, dim=-1, descending=True, stable=True).indices[..., : self.count]
+
+    def rests(self, keys: Tensor, index: Tensor, codec: KeyCodec) -> Tensor:
+        """What rounding leaves of the channels ``index [N, K, R]`` of pages ``[N, K, page_size, D]``, in their dtype.
+
+        Raises:
+            ValueError: a number that is not finite, or outside what float16 scales reach.
+        """
+        left = keys.gather(-1, index[:, :, None].expand(*keys.shape[:-1], -1)).float()
+        if self._named is None:
+            return (left - rounded_keys(left, codec)).to(keys.dtype)
+        turns, rests = self._turns.to(keys.device)[:, None], torch.zeros_like(left)
+        for turn in range(int(self._turns.max()) + 1):
+            left = left - rounded_keys(left, codec)
+            rests = torch.where(turns == turn, left, rests)
+        return rests.to(keys.dtype)
 
     def widen(self, keys: Tensor) -> Tensor:
         """Append zeros to ``[..., D]``: plain keys have no rest."""
         return F.pad(keys, (0, self.count)) if self.count else keys
 
-    def widen_query(self, query: Tensor) -> Tensor:
-        """Repeat the refined channels of ``[B, H, D]`` or ``[B, H, T, D]``."""
+    def widen_query(self, query: Tensor, index: Tensor) -> Tensor:
+        """Repeat the channels ``index [B, K, R]``, B possibly 1, of ``[B, H, D]`` or ``[B, H, T, D]``."""
         if not self.count:
             return query
-        heads, dim = query.shape[1], query.shape[-1]
-        if self._sources is None or self._sources.shape != (heads, dim + self.count):
-            whole = torch.arange(dim).expand(heads, -1)
-            self._sources = torch.cat([whole, self._index.cpu().repeat_interleave(heads // self.heads, 0)], 1)
-        if self._sources.device != query.device:
-            self._sources = self._sources.to(query.device)
-        sources = self._sources if query.dim() == 3 else self._sources[:, None]
-        widened: Tensor = query.detach().gather(-1, sources.expand(*query.shape[:-1], -1))
-        return widened
+        grouped = query.detach().unflatten(1, (index.shape[1], -1))  # [B, K, G, (T,) D]
+        index = index[:, :, None] if query.dim() == 3 else index[:, :, None, None]
+        again = grouped.gather(-1, index.expand(*grouped.shape[:-1], -1))
+        return torch.cat([grouped, again], -1).flatten(1, 2)
 
-    def fold(self, keys: Tensor) -> Tensor:
-        """Add the rests of ``[N, K, T, D + R]`` to their channels: ``[N, K, T, D]``."""
+    def fold(self, keys: Tensor, index: Tensor) -> Tensor:
+        """Add the rests of ``[N, K, T, D + R]`` to their channels ``index [N, K, R]``: ``[N, K, T, D]``."""
         if not self.count:
             return keys
         whole, rest = keys.split([keys.shape[-1] - self.count, self.count], -1)
-        folded: Tensor = whole.scatter_add(-1, self._at(keys.device)[:, None].expand_as(rest), rest)
+        folded: Tensor = whole.scatter_add(-1, index[:, :, None].expand_as(rest), rest)
         return folded
 
-    def store(self, pages: KeyPages, page_ids: Tensor, keys: Tensor) -> None:
-        """Quantize whole pages ``[N, K, page_size, D + R]`` into ``page_ids``; the last R channels are not read.
 
-        Raises:
-            ValueError: as ``store_key_pages``.
-        """
-        exact = keys[..., : keys.shape[-1] - self.count].float()
-        wide, index = self.widen(exact), self._at(keys.device)[:, None]
-        store_key_pages(pages, page_ids, wide)
-        for turn in range(int(self._turns.max()) + 1):
-            left = exact - self.fold(load_key_pages(pages, page_ids, torch.float32))
-            rest = left.gather(-1, index.expand(*left.shape[:-1], -1))
-            is_due = (self._turns.to(keys.device) == turn)[:, None]
-            wide = torch.cat([exact, torch.where(is_due, rest, wide[..., -self.count :])], -1)
-            store_key_pages(pages, page_ids, wide)
-
-    def _at(self, device: torch.device) -> Tensor:
-        if self._index.device != device:
-            self._index = self._index.to(device)
-        return self._index
-
-
-def check_refined(channels: Sequence[Sequence[int]]) -> None:
+def check_refined(channels: Named) -> None:
     """Raise ValueError unless these may be ``RefinedChannels``."""
-    counts = {len(row) for row in channels}
     is_whole = all(isinstance(c, int) and not isinstance(c, bool) and c >= 0 for row in channels for c in row)
-    if len(counts) > 1 or any(not count or count % CHANNEL_MULTIPLE for count in counts) or not is_whole:
+    _require_multiple({len(row) for row in channels} if is_whole else {0}, [list(row) for row in channels])
+
+
+def _require_multiple(counts: set[int], given: object) -> None:
+    if len(counts) > 1 or any(count <= 0 or count % CHANNEL_MULTIPLE for count in counts):
         raise ValueError(
             f"key_refined must name as many channels for each KV head, a multiple of {CHANNEL_MULTIPLE}, got "
-            f"{[list(row) for row in channels]!r}; leave it empty to refine none"
+            f"{given!r}; leave it empty to refine none"
         )

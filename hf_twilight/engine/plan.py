@@ -71,7 +71,8 @@ class StepPlan:
         number: of the step.
         segments: whose tokens it takes.
         copies: ``(source, target, count)``: plain slots, and how many tokens at the start are copied.
-        packs: pages to pack, from their plain slot to their packed one, once all is written and copied.
+        packs: pages to pack, from their plain slot to their packed one, once all is written and copied; each with the
+            packed slot of the first page of its sequence.
         fresh: pages that hold nothing valid before the step has run.
         extended: pages that get more tokens, and how many they held before.
         sources: pages to be copied from, held until the step has run.
@@ -82,7 +83,7 @@ class StepPlan:
     number: int
     segments: list[Segment] = field(default_factory=list)
     copies: list[tuple[int, int, int]] = field(default_factory=list)
-    packs: list[TreePage] = field(default_factory=list)
+    packs: list[tuple[TreePage, int]] = field(default_factory=list)
     fresh: list[TreePage] = field(default_factory=list)
     extended: list[tuple[TreePage, int]] = field(default_factory=list)
     sources: list[TreePage] = field(default_factory=list)

@@ -51,6 +51,7 @@ class Forward:
     copies: Sequence[tuple[int, int, int]]
     pack_from: Tensor
     pack_to: Tensor
+    pack_first: Tensor
     tables: list[RowTables | PromptTables]
     layers_seen: set[int] = field(default_factory=set)
 
@@ -62,7 +63,7 @@ class Forward:
         if self.copies:
             store.copy(self.copies)
         if self.pack_to.numel():
-            store.pack(self.pack_from, self.pack_to)
+            store.pack(self.pack_from, self.pack_to, self.pack_first)
         rows = query[0].transpose(0, 1)  # [T, H, D]
         parts = [store.attend(rows[table.first : table.last], table, scaling) for table in self.tables]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0)
@@ -93,7 +94,8 @@ class Runner:
         self.traffic = Traffic()
         self.stores = [
             PagedStore(
-                *layer_codecs(settings, shapes, layer), settings.policy(layer), settings.refined(layer),
+                *layer_codecs(settings, shapes, layer), settings.policy(layer),
+                settings.refined(layer, shape.kv_heads, shape.key_dim),
                 num_sinks=settings.num_sinks, plain_pages=plain_pages, packed_pages=packed_pages,
                 kv_heads=shape.kv_heads, key_dim=shape.key_dim, value_dim=shape.value_dim, dtype=model.dtype,
                 device=self.device,
@@ -140,7 +142,7 @@ class Runner:
             plain = [plain_slot(held) for held in segment.request.pages[first : int(page[-1]) + 1]]
             slots.append(np.asarray(plain, np.int64)[page - first])
             offsets.append(np.where(at < sinks, at, (at - sinks) % size))
-        packs = np.asarray([(page.plain, page.packed) for page in plan.packs], np.int32).reshape(-1, 2)
+        packs = np.asarray([(page.plain, page.packed, first) for page, first in plan.packs], np.int32).reshape(-1, 3)
         return Forward(
             self.stores,
             self._on_device(np.concatenate(slots)),
@@ -148,6 +150,7 @@ class Runner:
             plan.copies,
             self._on_device(packs[:, 0].astype(np.int64)),
             self._on_device(np.ascontiguousarray(packs[:, 1])),
+            self._on_device(packs[:, 2].astype(np.int64)),
             self._tables.make(plan.segments),
         )
 

@@ -119,7 +119,7 @@ class Scheduler:
         for page, count in plan.extended:
             if page.serial in self.tree.pages:
                 self.tree.truncate(page, count)
-        for page in plan.packs:
+        for page, _ in plan.packs:
             if page.serial in self.tree.pages:
                 self.tree.drop_packed(page)
         self.alone = [segment.request for segment in plan.segments]
@@ -256,11 +256,13 @@ class Scheduler:
         if self.tree.packed_pool is not None:
             targets = self.tree.take_packed(packed)[::-1]
             sinks = int(self.tree.layout.num_sinks > 0)
+            first = -1
             for page in request.pages[sinks : sinks + self.tree.pages_before(end - 1)]:
                 if page.packed is None:
                     assert page.plain is not None
                     page.packed = targets.pop()
-                    plan.packs.append(page)
+                    plan.packs.append((page, page.packed if first < 0 else first))
+                first = page.packed if first < 0 else first
         plan.segments.append(Segment(request, start, end, end == len(request.tokens)))
 
     def _begin_page(self, request: ScheduledRequest, plan: StepPlan, slot: int) -> TreePage:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .layout import KeyPages, PlainTokens, ValuePages
-from .page_codec import packed_size, planes
+from .page_codec import KeyCodec, packed_size, planes
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -51,16 +51,21 @@ def store_key_pages(pages: KeyPages, page_ids: Tensor, keys: Tensor) -> None:
     if codec.is_raw:
         pages.codes[index] = keys.transpose(-1, -2).to(pages.codes.dtype)
         return
-    x = keys.float()  # [N, K, page_size, D]
-    low, high = x.amin(-2), x.amax(-2)
-    mid, half = (high + low) / 2, (high - low) / 2 * codec.clip
-    lo = (mid - half).half()
-    step = (half * 2 / codec.levels).half()
-    _require_finite(lo, "keys")
-    _require_finite(step, "keys")
-    codes = _codes(x, lo.float().unsqueeze(-2), step.float().unsqueeze(-2), codec.levels)
+    codes, lo, step = _rounded(keys.float(), codec)
     pages.codes[index] = pack(codes.transpose(-1, -2), codec.bits)
     pages.lo[index], pages.step[index] = lo, step
+
+
+def rounded_keys(keys: Tensor, codec: KeyCodec) -> Tensor:
+    """Return what pages of ``codec`` would hold of keys ``[N, K, page_size, D]``, as float32.
+
+    Raises:
+        ValueError: a key that is not finite, or too large for float16 scales.
+    """
+    if codec.is_raw:
+        return keys.float()
+    codes, lo, step = _rounded(keys.float(), codec)
+    return lo.float().unsqueeze(-2) + codes * step.float().unsqueeze(-2)
 
 
 def load_key_pages(pages: KeyPages, page_ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -131,6 +136,17 @@ def store_tokens(
     key_rows, value_rows = (x.unflatten(1, shape).transpose(0, 1) for x in paged)
     store_key_pages(key_pages, page_ids, key_rows)
     store_value_pages(value_pages, page_ids, value_rows)
+
+
+def _rounded(x: Tensor, codec: KeyCodec) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of ``[N, K, page_size, D]``, and the scales ``[N, K, D]`` of each page."""
+    low, high = x.amin(-2), x.amax(-2)
+    mid, half = (high + low) / 2, (high - low) / 2 * codec.clip
+    lo = (mid - half).half()
+    step = (half * 2 / codec.levels).half()
+    _require_finite(lo, "keys")
+    _require_finite(step, "keys")
+    return _codes(x, lo.float().unsqueeze(-2), step.float().unsqueeze(-2), codec.levels), lo, step
 
 
 def _codes(x: Tensor, lo: Tensor, step: Tensor, levels: int) -> Tensor:

@@ -26,7 +26,7 @@ def test_tokens_are_written_copied_and_packed(bits: int) -> None:
     store.copy([(3, 5, 10), (5, 0, 10)])
     assert torch.equal(store.plain.keys[0, :, :, :10], keys[:10].permute(1, 2, 0))
     assert torch.equal(store.plain.values[0, :, :10], values[:10].transpose(0, 1))
-    store.pack(torch.tensor([3]), torch.tensor([2], dtype=torch.int32))
+    store.pack(torch.tensor([3]), torch.tensor([2], dtype=torch.int32), torch.tensor([2]))
     ids = torch.tensor([2], dtype=torch.int32)
     step = (keys.amax(0) - keys.amin(0)).max() / (2**bits - 1)
     loaded = load_key_pages(store.keys, ids, torch.float32)[0].transpose(0, 1)  # [page_size, K, D]
@@ -52,7 +52,7 @@ def test_rows_of_a_prompt_attend_as_rows_that_decode(bits: int) -> None:
     page = torch.where(at < 4, 0, (at - 4) // SIZE + 1)
     store.write(slots[page], torch.where(at < 4, at, (at - 4) % SIZE), *torch.randn(2, tokens, HEADS, DIM))
     if bits < 16:
-        store.pack(slots[1:2], torch.tensor([1], dtype=torch.int32))
+        store.pack(slots[1:2], torch.tensor([1], dtype=torch.int32), torch.tensor([1]))
     packed = slots[1:2].int() if bits == 16 else torch.tensor([1], dtype=torch.int32)
     query, first = torch.randn(12, 2 * HEADS, DIM), tokens - 12
     count = (at[first:] - 4 - 8) // SIZE

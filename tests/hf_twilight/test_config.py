@@ -15,7 +15,7 @@ from twilight_cache import DecodePolicy, DoubleSparse, Full, Quest, Selector, Sn
 # every setting at another value than its default
 CHANGED: dict[str, Any] = {
     "key_bits": 2, "value_bits": 8, "page_size": 32, "group_size": 32, "key_clip": 0.9, "num_sinks": 0,
-    "window": 7, "p": 0.5, "min_keep": 3, "selector": "quest", "budget": 77,
+    "window": 7, "key_refined": 0.25, "p": 0.5, "min_keep": 3, "selector": "quest", "budget": 77,
     "dense_layers": (3,), "min_sparse_len": 5,
     "alpha": 0.9, "prefill_window": 64, "prefill_samples": 32, "max_retrieving": 0.02, "min_prefill_len": 512,
     "layers": {2: LayerSettings(4, 3, 1.0)}, "calibrated_for": {"model_type": "llama"},
@@ -74,6 +74,7 @@ def test_unknown_preset_names_the_nearest() -> None:
         *[("p", v) for v in (0, 0.0, 1.0001, -0.5, float("nan"), True, "0.9", None)],
         *[("num_sinks", v) for v in (-1, 1.5, True, "4", None)],
         *[("window", v) for v in (0, -1, 1.5, None)],
+        *[("key_refined", v) for v in (-0.1, 0.6, 8, True, "0.1", float("nan"))],
         *[("min_keep", v) for v in (-1, 0.5)],
         *[("budget", v) for v in (0, -1, 0.0, 1.5, float("nan"), True, "0.5")],
         *[("min_sparse_len", v) for v in (-1, 0.5)],
@@ -247,8 +248,11 @@ def test_from_pretrained_checks_what_it_reads(tmp_path: Path) -> None:
     path.write_text('{"p": 7}')
     with pytest.raises(ValueError, match=r"p must be in \(0, 1\], got 7"):
         TwilightConfig.from_pretrained(tmp_path)
-    path.write_text('{"format_version": 2, "p": 0.5}')
-    with pytest.raises(ValueError, match="format_version must be 1, got 2; update hf-twilight"):
+    path.write_text('{"format_version": 1, "layers": {"3": {"key_bits": 4}}}')
+    earlier = TwilightConfig.from_pretrained(tmp_path)
+    assert earlier.key_refined == earlier.layers[3].key_refined == 0.0
+    path.write_text('{"format_version": 3, "p": 0.5}')
+    with pytest.raises(ValueError, match="format_version must be 2, got 3; update hf-twilight"):
         TwilightConfig.from_pretrained(tmp_path)
 
 

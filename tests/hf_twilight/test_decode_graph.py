@@ -110,9 +110,8 @@ def _state(cache: TwilightCache) -> dict[str, Any]:
     for layer in cache.twilight_layers:
         assert layer.store is not None and layer.store.plain is not None
         name = layer.layer_idx
-        found |= {
-            f"{name}.{part}": t[used] for part, t in layer.store.tensors().items() if not part.startswith("plain")
-        }
+        stored = {k: t for k, t in layer.store.tensors().items() if not k.startswith("plain")}
+        found |= {f"{name}.{k}": t if k == "refined.index" else t[used] for k, t in stored.items()}
         plain = int(cache.sequences.plain.max())
         found[f"{name}.plain"] = layer.store.plain.values[:, :, :plain]
         found[f"{name}.sums"], found[f"{name}.steps"] = layer.store.decodes.sums, layer.store.decodes.steps
@@ -160,12 +159,21 @@ def test_replayed_steps_are_the_plain_ones_to_the_bit(
     assert 2 <= captures <= 8
 
 
+@pytest.mark.parametrize("refined", [[list(range(8)), list(range(4, 12))], 0.5], ids=["named", "chosen"])
 def test_replayed_steps_are_the_plain_ones_with_refined_channels(
-    llama: LlamaForCausalLM, make_inputs: MakeInputs, taped: Any
+    llama: LlamaForCausalLM, make_inputs: MakeInputs, taped: Any, refined: Any
 ) -> None:
-    layer = {"key_bits": 2, "value_bits": 4, "key_refined": [list(range(8)), list(range(4, 12))]}
+    layer = {"key_bits": 2, "value_bits": 4, "key_refined": refined}
     settings = as_config(PACKED, layers={"1": layer})
     assert _compare(llama, settings, make_inputs(90, [0]), 20, taped) == 1
+
+
+def test_the_first_page_of_a_row_chooses_between_replays(
+    llama: LlamaForCausalLM, make_inputs: MakeInputs, taped: Any
+) -> None:
+    """Graphs must read the choice where it stands, not as it was when they were captured."""
+    settings = as_config(PACKED, key_refined=0.5)
+    assert _compare(llama, settings, make_inputs(8, [0, 5]), 60, taped) >= 1
 
 
 def test_replayed_steps_of_triton_kernels_are_the_plain_ones(

@@ -15,7 +15,8 @@ MIXED: dict[str, Any] = {
     "key_bits": 2, "value_bits": 2, "page_size": 16, "group_size": 16, "num_sinks": 2, "window": 8,
     "layers": {1: {"key_bits": 8, "value_bits": 4, "key_clip": 1.0}},
 }  # fmt: skip
-REFINED = MIXED | {"layers": {1: {"key_refined": [[0, 1, 2, 3, 4, 5, 6, 7], [8, 8, 8, 1, 3, 4, 5, 6]]}}}
+NAMED = MIXED | {"layers": {1: {"key_refined": [[0, 1, 2, 3, 4, 5, 6, 7], [8, 8, 8, 1, 3, 4, 5, 6]]}}}
+CHOSEN = MIXED | {"key_refined": 0.5}
 
 
 def test_layers_are_packed_with_their_own_bits(
@@ -34,7 +35,7 @@ def test_layers_are_packed_with_their_own_bits(
     assert errors[1] < errors[0] / 20
 
 
-@pytest.mark.parametrize("settings", [MIXED, REFINED])
+@pytest.mark.parametrize("settings", [MIXED, NAMED, CHOSEN])
 def test_layers_of_their_own_generate_and_come_back_from_a_file(
     settings: dict[str, Any],
     llama: LlamaForCausalLM,
@@ -49,19 +50,20 @@ def test_layers_of_their_own_generate_and_come_back_from_a_file(
         cache.save(tmp_path / "cache.safetensors")
         loaded = TwilightCache.load(tmp_path / "cache.safetensors", llama.config)
         assert loaded.settings == cache.settings
-        for token in range(5):
+        for token in range(20):  # in which a page is packed
             step = torch.tensor([[token + 3]])
             expected, got = (llama(step, past_key_values=c).logits for c in (cache, loaded))
             assert torch.equal(expected, got)
 
 
+@pytest.mark.parametrize("settings", [NAMED, CHOSEN])
 def test_a_refined_step_attends_to_what_full_returns(
-    llama: LlamaForCausalLM, make_inputs: Callable[..., dict[str, torch.Tensor]]
+    settings: dict[str, Any], llama: LlamaForCausalLM, make_inputs: Callable[..., dict[str, torch.Tensor]]
 ) -> None:
     llama.set_attn_implementation("twilight")
     prompt, step = make_inputs(80)["input_ids"], torch.tensor([[5]])
     with torch.inference_mode():
-        cache = TwilightCache(llama.config, REFINED, p=1.0)
+        cache = TwilightCache(llama.config, settings, p=1.0)
         llama(prompt, past_key_values=cache)
         stock = DynamicCache(config=llama.config)
         for layer, (keys, values, _) in enumerate(cache):
@@ -73,7 +75,10 @@ def test_a_refined_step_attends_to_what_full_returns(
 @pytest.mark.parametrize(
     ("own", "words"),
     [
-        ({"key_refined": "0 1"}, r"layers\[1\]: key_refined must be a list of channels for each KV head, got '0 1'"),
+        (
+            {"key_refined": "0 1"},
+            r"layers\[1\]: key_refined must be a share in .*, or of one layer a list of channels .*, got '0 1'",
+        ),
         ({"key_refined": [[0, 1]]}, "as many channels for each KV head, a multiple of 8"),
         ({"key_refined": [[0] * 8], "key_bits": 16}, "must be empty for 16-bit keys"),
     ],

@@ -33,6 +33,9 @@ SETTINGS = {
         "preset": "compact", **SMALL, "group_size": 16, "p": 0.9, "min_sparse_len": 16,
         "layers": {1: {"key_refined": [[0, 1, 2, 3, 4, 5, 6, 7], [8, 8, 8, 1, 3, 4, 5, 6]]}},
     },
+    "chosen": {
+        "preset": "compact", **SMALL, "group_size": 16, "p": 0.9, "min_sparse_len": 16, "key_refined": 0.5,
+    },
     "mixed": {"preset": "balanced", **SMALL, "value_bits": 16, "num_sinks": 0},
 }  # fmt: skip
 

@@ -33,7 +33,7 @@ class FakeModel:
         for source, target, count in plan.copies:
             for column in range(count):
                 self.plain[target, column] = self.plain[source, column]
-        for page in plan.packs:
+        for page, _ in plan.packs:
             assert page.plain is not None and page.packed is not None
             for column in range(self.layout.page_size):
                 self.packed[page.packed, column] = self.plain[page.plain, column]
