@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Mapping
@@ -29,6 +28,7 @@ from twilight_cache import (
 from twilight_kernels import KeyCodec, StripePlan, ValueCodec
 
 from .layer_settings import LayerSettings, parse_layers
+from .setting_checks import nearest, require_count, require_known, require_share
 
 CONFIG_NAME = "twilight_config.json"
 FORMAT_VERSION = 2
@@ -103,14 +103,14 @@ class TwilightConfig:
             raise ValueError(f"calibrated_for must be a model's signature or None, got {self.calibrated_for!r}")
         if self.skvq_tables is not None and not isinstance(self.skvq_tables, str):
             raise ValueError(f"skvq_tables must be a file's path or None, got {self.skvq_tables!r}")
-        _require_share("p", self.p, "keep everything")
-        _require_share("alpha", self.alpha, "attend to everything in prefill")
-        _require_share("max_retrieving", self.max_retrieving, "let no head go dense in prefill")
+        require_share("p", self.p, "keep everything")
+        require_share("alpha", self.alpha, "attend to everything in prefill")
+        require_share("max_retrieving", self.max_retrieving, "let no head go dense in prefill")
         for name in ("num_sinks", "window", "min_keep", "min_sparse_len", "min_prefill_len"):
-            _require_count(name, getattr(self, name), 1 if name == "window" else 0)
+            require_count(name, getattr(self, name), 1 if name == "window" else 0)
         _ = self.stripe_plan
         for layer in self.dense_layers:
-            _require_count("dense_layers", layer, 0)
+            require_count("dense_layers", layer, 0)
         if self.selector not in SELECTORS:
             raise ValueError(f"selector must be one of {', '.join(SELECTORS)}, got {self.selector!r}")
         check_budget(self.budget)
@@ -192,8 +192,8 @@ class TwilightConfig:
             ValueError: an unknown preset or setting; the message names the nearest.
         """
         if name not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}{_nearest(name, PRESETS)}")
-        _require_known(changes)
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}{nearest(name, PRESETS)}")
+        require_known(changes, [f.name for f in fields(TwilightConfig)])
         return replace(PRESETS[name], **changes)
 
     @staticmethod
@@ -282,30 +282,8 @@ def as_config(settings: TwilightConfig | dict[str, Any] | str | None, **changes:
         raise TypeError(
             f"twilight_config must be a TwilightConfig, a dict or a preset's name, got {type(settings).__name__}"
         )
-    _require_known(changes)
+    require_known(changes, [f.name for f in fields(TwilightConfig)])
     return replace(settings, **changes)
-
-
-def _require_known(changes: dict[str, Any]) -> None:
-    names = [f.name for f in fields(TwilightConfig)]
-    for name in changes:
-        if name not in names:
-            raise ValueError(f"twilight_config has no setting {name!r}{_nearest(name, [*names, 'preset'])}")
-
-
-def _nearest(name: object, allowed: Any) -> str:
-    close = difflib.get_close_matches(str(name), list(allowed), n=1, cutoff=0.0)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _require_share(name: str, value: float, meaning: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
-        raise ValueError(f"{name} must be in (0, 1], got {value!r}; pass 1.0 to {meaning}")
-
-
-def _require_count(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 # What each costs on the embedded model is measured by `hf-twilight bench generate` and stands in the README.

@@ -11,6 +11,8 @@ from twilight_cache import RefinedChannels, check_refined
 from twilight_cache.refined_channels import CHANNEL_MULTIPLE
 from twilight_kernels import KeyCodec, ValueCodec
 
+from .setting_checks import require_refinable
+
 
 @dataclass(frozen=True)
 class LayerSettings:
@@ -36,7 +38,7 @@ class LayerSettings:
         key_codec, _ = KeyCodec(self.key_bits, clip=self.key_clip), ValueCodec(self.value_bits)  # check their ranges
         given: Any = self.key_refined or 0.0
         if not isinstance(given, list | tuple) or not all(isinstance(row, list | tuple) for row in given):
-            _require_refinable(given)
+            require_refinable(given)
             object.__setattr__(self, "key_refined", given)
             return
         check_refined(given)
@@ -66,14 +68,6 @@ def parse_layers(given: Any, default: LayerSettings) -> dict[int, LayerSettings]
         raise ValueError(f"layers must map a layer's index to its settings, got {given!r}; as {_EXAMPLE}")
     found = {_index(index): _layer(index, settings, default) for index, settings in given.items()}
     return dict(sorted(found.items()))
-
-
-def _require_refinable(share: Any) -> None:
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 <= share <= 0.5:
-        raise ValueError(
-            "key_refined must be a share in [0, 0.5], or of one layer a list of channels for each KV head, got "
-            f"{share!r}; pass 0.0 to refine none"
-        )
 
 
 @lru_cache(maxsize=1024)  # every layer of a cache asks, and a cache is made for every prompt
