@@ -139,7 +139,7 @@ class LayerStore(LayerTensors):
         most, device = int(sequences.pages.max()), queries.device
         tables = sequences.table[:, :most], sequences.pages.astype(np.int32), sequences.plain.astype(np.int32)
         block_table, num_pages, plain_len = (torch.from_numpy(table.copy()).to(device) for table in tables)
-        queries = self.widened(queries[:, :, -last:].detach())
+        queries = torch.stack([self.widened(query) for query in queries[:, :, -last:].detach().unbind(2)], 2)
         selector.observe(queries, self._view(block_table, num_pages, plain_len, scaling))
 
     def _view(self, block_table: Tensor, num_pages: Tensor, plain_len: Tensor, scaling: float) -> LayerView:

@@ -44,10 +44,16 @@ class LayerTensors:
         self.plain: PlainTokens | None = None
         self.refined_index: Tensor | None = None
         self.selector_state = SelectorState()
+        self._places: Tensor | None = None  # [B, H, R] int64, of the refined channels in queries
 
     def widened(self, query: Tensor) -> Tensor:
-        """Return queries ``[B, H, D]`` or ``[B, H, T, D]`` as the kernels take them: refined channels twice."""
-        return query if self.refined_index is None else self.refined.widen_query(query, self.refined_index)
+        """Return queries ``[B, H, D]`` as the kernels take them: refined channels twice."""
+        if self.refined_index is None:
+            return query
+        if self._places is None:
+            with torch.inference_mode(mode=False):  # or it could not be written to outside of that mode
+                self._places = self.refined.places(self.refined_index, *query.shape[1:])
+        return self.refined.widen_query(query, self._places)
 
     def _folded(self, keys: Tensor, rows: slice = slice(None)) -> Tensor:
         return keys if self.refined_index is None else self.refined.fold(keys, self.refined_index[rows])
@@ -89,6 +95,8 @@ class LayerTensors:
         exact = pages[..., : -self.refined.count]
         if not flush.first:
             self.refined_index[flush.row] = self.refined.choose(exact[:1])[0]
+            if self._places is not None:  # in place: a captured graph reads it where it is
+                self._places.copy_(self.refined.places(self.refined_index, self._places.shape[1], exact.shape[-1]))
         index = self.refined_index[flush.row].expand(len(flush.page_ids), -1, -1)
         pages[..., -self.refined.count :] = self.refined.rests(exact, index, self.key_codec)
 
@@ -108,11 +116,12 @@ class LayerTensors:
         index = rows.to(self.plain.keys.device)
         self.plain = PlainTokens(self.plain.keys.index_select(0, index), self.plain.values.index_select(0, index))
         self.refined_index = None if self.refined_index is None else self.refined_index.index_select(0, index)
+        self._places = None
         self.selector_state.select_rows(index)
 
     def clear(self) -> None:
         """Drop every tensor."""
-        self.keys = self.values = self.plain = self.refined_index = None
+        self.keys = self.values = self.plain = self.refined_index = self._places = None
         self.selector_state = SelectorState()
 
     @torch.inference_mode(mode=False)
@@ -124,6 +133,7 @@ class LayerTensors:
         self.values = changed(self.values, lambda t: t.to(device))
         self.plain = PlainTokens(self.plain.keys.to(device), self.plain.values.to(device))
         self.refined_index = None if self.refined_index is None else self.refined_index.to(device)
+        self._places = None
         self.selector_state.move(device)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -150,7 +160,7 @@ class LayerTensors:
         sinks = column * min(self.sequences.layout.num_sinks, self.plain.capacity)
         return LayerBytes(
             codes=self.keys.codes.nbytes + self.values.codes.nbytes,
-            scales=scales + (0 if self.refined_index is None else self.refined_index.nbytes),
+            scales=scales + sum(t.nbytes for t in (self.refined_index, self._places) if t is not None),
             sinks=sinks,
             window=column * self.plain.capacity - sinks,
             selector=self.selector_state.num_bytes,

@@ -190,7 +190,8 @@ class PagedStore:
         first = block_table[..., :1].flatten()  # [R], or [1] of a prompt, or none
         if not first.numel():
             return self.refined.widen(query)  # plain keys have zeros there
-        return self.refined.widen_query(query, self._index_of(first))
+        index = self._index_of(first).expand(query.shape[0], -1, -1)
+        return self.refined.widen_query(query, self.refined.places(index, *query.shape[1:]))
 
     def num_bytes(self) -> tuple[int, int]:
         """Bytes of one plain page and of one packed page."""
