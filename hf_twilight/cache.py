@@ -83,6 +83,20 @@ class TwilightCache(DynamicCache):
         """The layers whose storage is ours."""
         return [layer for layer in self.layers if isinstance(layer, TwilightLayer)]
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take a layer's new tokens, see ``TwilightLayer.update``; once one has stored a prompt, make room in all.
+
+        That is only done on CPUs: what it spares is memory that their allocator does not find again.
+        """
+        layer, rows = self.layers[layer_idx], key_states.shape[0]
+        is_next = isinstance(layer, TwilightLayer) and not layer.is_initialized and layer.room is None
+        if is_next and rows == self.sequences.batch_size and key_states.device.type == "cpu":
+            for other in self.twilight_layers:
+                other.make_room(key_states, value_states)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
     @property
     def is_compileable(self) -> bool:
         """Whether ``generate`` may ask for a compiled call: it gets the steps of ``graph``, see ``decode_call.py``."""

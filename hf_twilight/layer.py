@@ -56,6 +56,7 @@ class TwilightLayer(CacheLayerMixin):
         # asked for here, all layers in a row: in the middle of a forward, each would run on cold caches
         self._policy, self._codecs = settings.policy(layer_idx), settings.codecs(layer_idx)
         self.store: LayerStore | None = None
+        self.room: tuple[tuple[Any, ...], LayerStore] | None = None  # what ``make_room`` made, and for what form
         self.prefill = SparsePrefill(settings, layer_idx)
         self.tokens = 0  # logical tokens, those of an unclaimed update included
         self.is_untouched = False
@@ -71,17 +72,39 @@ class TwilightLayer(CacheLayerMixin):
             key_states.shape[-1],
             value_states.shape[-1],
         )
-        tables = self.settings.skvq_tables
-        if tables is None:
-            codecs = self._codecs[0].for_heads(self.key_dim), self._codecs[1].for_heads(self.value_dim)
-            if codecs != self._codecs:
-                logger.info("layer %d keeps raw pages: head_dim %d does not pack", self.layer_idx, self.key_dim)
-            refined = self.settings.refined(self.layer_idx, self.num_heads, self.key_dim)
-            self.store = LayerStore(self.sequences, *codecs, self._policy, refined)
+        if self.room is not None and self.room[0] == _form(key_states, value_states):
+            self.store = self.room[1]
         else:
+            self.store = self._new_store(key_states, value_states)
+        self.room, self.is_initialized = None, True
+
+    def make_room(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the tensors for the prompt that another layer has just stored: ``[B, K, T, D]``, if shapes are alike.
+
+        All layers' together, before the rest of a forward: a tensor that stays, made among the temporaries of a layer,
+        keeps the allocator from using the hole again that these leave, and each layer adds such a hole.
+        """
+        rows, heads, tokens, _ = key_states.shape
+        if self.is_initialized or self.settings.skvq_tables is not None or tokens != self.sequences.tokens:
+            return
+        try:
+            store = self._new_store(key_states, value_states)
+        except ValueError:
+            return  # calibrated for other heads
+        store.make_room(self.sequences.begin(0, tokens, rows), key_states, value_states)
+        self.room = _form(key_states, value_states), store
+        self.prefill.make_room(rows, heads, tokens)
+
+    def _new_store(self, key_states: Tensor, value_states: Tensor) -> LayerStore:
+        tables, heads, key_dim = self.settings.skvq_tables, key_states.shape[1], key_states.shape[-1]
+        if tables is not None:
             by_skvq = read_tables(tables, self.layer_idx, self.settings.page_size)
-            self.store = LayerStore(self.sequences, *by_skvq, self._policy)
-        self.is_initialized = True
+            return LayerStore(self.sequences, *by_skvq, self._policy)
+        codecs = self._codecs[0].for_heads(key_dim), self._codecs[1].for_heads(value_states.shape[-1])
+        if codecs != self._codecs:
+            logger.info("layer %d keeps raw pages: head_dim %d does not pack", self.layer_idx, key_dim)
+        refined = self.settings.refined(self.layer_idx, heads, key_dim)
+        return LayerStore(self.sequences, *codecs, self._policy, refined)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take new tokens ``[B, K, T, D]``; return what the attention function is to be called with.
@@ -168,7 +191,7 @@ class TwilightLayer(CacheLayerMixin):
 
     def clear(self) -> None:
         """Drop everything."""
-        self.store, self._pending, self.tokens = None, None, 0
+        self.store, self.room, self._pending, self.tokens = None, None, None, 0
         self.prefill.clear()
         self.is_initialized = self.is_untouched = False
 
@@ -247,6 +270,10 @@ class TwilightLayer(CacheLayerMixin):
                     f"{name} must be finite and at most {_LARGEST:g} to be packed, got {largest} in layer "
                     f"{self.layer_idx}; check the model's dtype for overflow, or use the preset 'exact'"
                 )
+
+
+def _form(keys: Tensor, values: Tensor) -> tuple[Any, ...]:
+    return (*keys.shape[:2], keys.shape[3], values.shape[3], keys.dtype, keys.device)
 
 
 def _attention_of(config: PreTrainedConfig) -> str | None:

@@ -25,10 +25,9 @@ _PRIOR_ROWS = 96  # sampled rows that do not retrieve, which a head starts with:
 
 @dataclass(frozen=True)
 class _Report:
-    """What one forward chose: ``found [B, K, N, 5]`` as ``select_stripes`` reports, dense strips, and its shape."""
+    """What one forward chose: ``found [B, K, N, 6]``, as ``select_stripes`` reports and 1 if dense, and its shape."""
 
     found: Tensor
-    is_dense: Tensor  # [B, K, N] bool
     rows: int
     total: int
     padding: tuple[int, ...]
@@ -51,7 +50,13 @@ class SparsePrefill:
         self.is_dense_layer = layer_idx in settings.dense_layers
         self.max_retrieving = settings.max_retrieving
         self._reports: list[_Report] = []
+        self._room: Tensor | None = None  # what ``make_room`` made
         self._counted: Tensor | None = None  # [B, K, 2] sampled rows that retrieve, and all, of earlier forwards
+
+    def make_room(self, batch: int, kv_heads: int, rows: int) -> None:
+        """Make the report on a prompt before its forward goes on, see ``TwilightLayer.make_room``."""
+        if self.is_on and not self.is_dense_layer and rows >= max(self.min_keys, self.plan.strip):
+            self._room = torch.empty(batch, kv_heads, self.plan.max_strips(rows), 6)
 
     def pays(self, query: Tensor, keys: Tensor) -> bool:
         """Whether ``attend`` beats the stock function for ``query [B, H, T, D]`` over ``keys [B, K, S, D]``."""
@@ -79,7 +84,9 @@ class SparsePrefill:
         mask, found = select_stripes(query, keys, self.plan, scaling=scaling, padding=pads)
         is_dense = self._retrieves(found, query.shape[2], keys.shape[2], padding, query.shape[1] // keys.shape[1])
         mask.masked_fill_(is_dense[..., None], 255)
-        self._reports.append(_Report(found, is_dense, query.shape[2], keys.shape[2], tuple(padding)))
+        room, self._room = self._room, None
+        found = torch.cat([found, is_dense[..., None]], -1, out=room)
+        self._reports.append(_Report(found, query.shape[2], keys.shape[2], tuple(padding)))
         return mask
 
     def _retrieves(self, found: Tensor, rows: int, total: int, padding: Sequence[int], q_per_kv: int) -> Tensor:
@@ -101,7 +108,7 @@ class SparsePrefill:
 
     def clear(self) -> None:
         """Forget what was done."""
-        self._reports, self._counted = [], None
+        self._reports, self._room, self._counted = [], None, None
 
     def stats(self) -> dict[str, Any] | None:
         """What prefill attended to, None if nothing was sparse.
@@ -117,7 +124,7 @@ class SparsePrefill:
         done, pairs = torch.zeros(self._reports[0].found.shape[1]), 0
         strips: list[Tensor] = []  # [K, 6]
         for report in self._reports:
-            found = torch.cat([report.found, report.is_dense[..., None]], -1).cpu()
+            found = report.found.cpu()
             for b, pad in enumerate(report.padding):
                 lead = report.total - report.rows - pad
                 for n, (first, end) in enumerate(self.plan.strips(report.rows, report.total, pad)):

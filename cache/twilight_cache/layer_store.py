@@ -78,10 +78,17 @@ class LayerStore(LayerTensors):
             self.flush(step.flushes)
         return out
 
-    def make_room(self, step: Step) -> None:
-        """Make room for a step of one token, and for all pages of the pool, so that tensors stay where they are."""
-        assert self.plain is not None
-        self._prepare(step, self.plain.keys, self.plain.values)
+    def make_room(self, step: Step, keys: Tensor | None = None, values: Tensor | None = None) -> None:
+        """Make room for a step, and for all pages of the pool, so that tensors stay where they are.
+
+        A store without tokens learns their shapes from another's: ``keys [B, K, T, Dk]``, ``values [B, K, T, Dv]``.
+        """
+        if self.plain is not None:
+            keys, values = self.plain.keys, self.plain.values
+        elif keys is not None:
+            keys = self.refined.widen(keys[:, :, :0])
+        assert keys is not None and values is not None
+        self._prepare(step, keys, values)
         self._grow_pages()
 
     def attend(

@@ -200,3 +200,42 @@ def test_prefill_in_chunks_remembers_which_heads_retrieve(retrieving: tuple[Tens
 def test_prefill_settings_out_of_range(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TwilightConfig.preset("balanced", **change)
+
+
+def _of_three_layers() -> TwilightCache:
+    config = LlamaConfig(num_hidden_layers=3, hidden_size=96, num_attention_heads=6, num_key_value_heads=2)
+    return TwilightCache(config, TwilightConfig.from_dict({**SETTINGS, "preset": "balanced"}))
+
+
+def _prompt(layer: int, cache: TwilightCache, tokens: int = 700, heads: int = 2) -> None:
+    cache.update(torch.randn(1, heads, tokens, 16), torch.randn(1, heads, tokens, 16), layer)
+    cache.layers[layer].commit([0])
+
+
+def test_room_for_a_prompt_is_made_in_all_layers_once() -> None:
+    cache = _of_three_layers()
+    _prompt(0, cache)
+    assert [layer.room is None for layer in cache.twilight_layers] == [True, True, True]
+    _prompt(1, cache)
+    room = cache.twilight_layers[2].room
+    assert room is not None
+    made = {name: tensor.data_ptr() for name, tensor in room[1].tensors().items()}
+    _prompt(2, cache)
+    store = cache.twilight_layers[2].store
+    assert store is not None
+    assert {name: tensor.data_ptr() for name, tensor in store.tensors().items()} == made
+    assert all(layer.room is None for layer in cache.twilight_layers)
+    cache.reset()
+    _prompt(0, cache, 300)  # and anew for the next prompt
+    _prompt(1, cache, 300)
+    assert cache.twilight_layers[2].room is not None
+
+
+def test_room_is_dropped_where_a_layer_has_other_heads() -> None:
+    cache = _of_three_layers()
+    _prompt(0, cache)
+    _prompt(1, cache)
+    _prompt(2, cache, heads=6)
+    keys, _ = cache.twilight_layers[2].full()
+    assert keys.shape == (1, 6, 700, 16)
+    assert torch.isfinite(keys).all()
