@@ -86,9 +86,9 @@ class TwilightCache(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Take a layer's new tokens, see ``TwilightLayer.update``; once the first has stored a prompt, make room in all.
+        """Take a layer's new tokens; once the first layer has stored a prompt, make room in all others.
 
-        That is only done on CPUs: what it spares is memory that their allocator does not find again.
+        See ``TwilightLayer.update`` and ``make_room``. Only on CPUs: their allocator is what it is for.
         """
         layer, rows = self.layers[layer_idx], key_states.shape[0]
         is_next = isinstance(layer, TwilightLayer) and not layer.is_initialized and layer.room is None
