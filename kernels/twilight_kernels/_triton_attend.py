@@ -36,26 +36,27 @@ def plain_kernel(
     query, row_stride, head_stride, keys, values, plain_len, plain_table, columns, num_sinks, sink_pages,
     new_key, new_key_row, new_key_head, new_value, new_value_row, new_value_head, parts, tops, sums, scaling,
     kv_heads, slots, capacity, PER_KV: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    DV: tl.constexpr, VP: tl.constexpr, HAS_NEW: tl.constexpr, IS_PAGED: tl.constexpr, RUN: tl.constexpr,
-    T: tl.constexpr,
+    RP: tl.constexpr, DV: tl.constexpr, VP: tl.constexpr, HAS_NEW: tl.constexpr, IS_PAGED: tl.constexpr,
+    RUN: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Write the step's token, and attend to one run of the plain tokens."""
     pair, run = tl.program_id(0), tl.program_id(1)
     row, kv_head = pair // kv_heads, pair % kv_heads
     length = tl.load(plain_len + row)
-    q, q_unit = load_query(query, row_stride, head_stride, row, kv_head, scaling, PER_KV, M, D, DP, True)
-    d = tl.arange(0, DP)
+    q, q_unit = load_query(query, row_stride, head_stride, row, kv_head, scaling, PER_KV, M, D, DP, RP, True)
     dv = tl.arange(0, VP)
     stored = length
     if HAS_NEW:
         stored = length - 1  # the last column is read from the step's own tensors
-        key_place = new_key + row.to(tl.int64) * new_key_row + kv_head * new_key_head + d
+        key_place = new_key + row.to(tl.int64) * new_key_row + kv_head * new_key_head
         value_place = new_value + row.to(tl.int64) * new_value_row + kv_head * new_value_head + dv
-        last_key = tl.load(key_place, mask=d < D, other=0.0)
         last_value = tl.load(value_place, mask=dv < DV, other=0.0)
         if stored // RUN == run:
             home = pair.to(tl.int64)
-            tl.store(keys + (home * D + d) * capacity + stored, last_key, mask=d < D)
+            for k in tl.static_range(len(q)):
+                d = k * DP + tl.arange(0, q[k].shape[1])
+                last_key = tl.load(key_place + d, mask=d < D, other=0.0)
+                tl.store(keys + (home * D + d) * capacity + stored, last_key, mask=d < D)
             tl.store(values + (home * capacity + stored) * DV + dv, last_value, mask=dv < DV)
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
@@ -72,15 +73,21 @@ def plain_kernel(
         else:
             offset = column
             home = tl.zeros([T], tl.int64) + pair
-        mask = (d < D)[:, None] & exists[None, :]
-        tile = tl.load(keys + (home[None, :] * D + d[:, None]) * capacity + offset[None, :], mask=mask, other=0.0)
         place = values + (home * capacity + offset)[:, None] * DV + dv[None, :]
         value = tl.load(place, mask=exists[:, None] & (dv < DV)[None, :], other=0.0)
         if HAS_NEW:
             is_last = column == stored
-            tile = tl.where(is_last[None, :], last_key[:, None], tile)
             value = tl.where(is_last[:, None], last_value[None, :], value)
-        logits = product(q, tile) * q_unit[:, None]
+        found = tl.zeros([M, T], tl.float32)
+        for k in tl.static_range(len(q)):
+            d = k * DP + tl.arange(0, q[k].shape[1])
+            place = keys + (home[None, :] * D + d[:, None]) * capacity + offset[None, :]
+            tile = tl.load(place, mask=(d < D)[:, None] & exists[None, :], other=0.0)
+            if HAS_NEW:
+                last_key = tl.load(key_place + d, mask=d < D, other=0.0)
+                tile = tl.where(is_last[None, :], last_key[:, None], tile)
+            found += product(q[k], tile)
+        logits = found * q_unit[:, None]
         logits = tl.where((column < length)[None, :], logits, float("-inf"))
         weights, top, total, acc = soften(logits, top, total, acc)
         acc = add_weighed(weights, value, acc)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._reference_score import CHANNEL_CHUNK
 from ._triton_keys import fold_steps, page_logits, score_launch, score_shape
-from ._triton_tiles import last_contiguous, load_query, power_of_two
+from ._triton_tiles import QUERY, last_contiguous, load_query, power_of_two
 from .layout import KeyPages
 
 
@@ -30,14 +30,13 @@ def channel_logits(
     if not out.numel():
         return out
     query, table = last_contiguous(query), block_table.contiguous()
-    bits, is_wide = pages.codec.bits, query.dtype == torch.float32
-    shape = channel_shape(heads // kv_heads, dim, page_size, num_channels, bits)
+    shape = channel_shape(heads // kv_heads, dim, page_size, num_channels, pages.codec.bits)
     chunks = triton.cdiv(columns, shape["PAGES"])
     with torch.cuda.device_of(query):
         channels_kernel[(rows * kv_heads, chunks)](
             query, *query.stride()[:2], pages.codes, pages.lo, pages.step, table, columns, num_pages.contiguous(),
             out, scaling, kv_heads, **shape,
-            **score_launch(shape, is_wide),
+            **score_launch(shape),
         )  # fmt: skip
     return out
 
@@ -46,7 +45,7 @@ def channel_shape(per_kv: int, dim: int, page_size: int, num_channels: int, bits
     """Constants of ``channels_kernel``."""
     shape = score_shape(page_size, dim, bits, per_kv)
     return {
-        **shape, "CHANNELS": num_channels, "CP": max(16, power_of_two(num_channels)),
+        **shape, "DP": max(16, power_of_two(dim)), "CHANNELS": num_channels, "CP": max(16, power_of_two(num_channels)),
         "PAGES": CHANNEL_CHUNK // page_size,
     }  # fmt: skip
 
@@ -67,8 +66,8 @@ def channels_kernel(
         return
     table += row.to(tl.int64) * columns
     lane, d, n, g = tl.arange(0, LANES), tl.arange(0, DP), tl.arange(0, CP), tl.arange(0, M)
-    q, q_unit = load_query(query, row_stride, head_stride, row, kv_head, scaling, PER_KV, M, D, DP, BITS == 16)
-    wide = q.to(tl.float32)
+    q, q_unit = load_query(query, row_stride, head_stride, row, kv_head, scaling, PER_KV, M, D, DP, 0, BITS == 16)
+    wide = q[0].to(tl.float32)
     spread = tl.zeros([LANES, DP], tl.float32)
     for begin in range(first, last, LANES):
         page_head, exists = _page_heads(table, begin + lane, last, kv_heads, kv_head)
@@ -84,7 +83,7 @@ def channels_kernel(
     is_few = (g < PER_KV)[:, None] & is_chosen[None, :]
     few = tl.load(query + heads[:, None] + chosen[None, :], mask=is_few, other=0.0)
     if BITS != 16:
-        few = few.to(tl.float32) * scaling / q_unit[:, None]
+        few = few.to(tl.float32) * scaling / q_unit[:, None] * QUERY
     head_row = out + (pair.to(tl.int64) * PER_KV + g) * columns * PAGE
     parts: tl.constexpr = PAGE // T if LANES == 1 else 1  # of a page, one at a time
     for begin in range(first * parts, last * parts, LANES):
@@ -94,13 +93,16 @@ def channels_kernel(
         channel = page_head[:, None] * D + chosen[None, :]
         mask = exists[:, None] & is_chosen[None, :]
         if BITS == 16:
-            high, rest, unit = few, few, tl.zeros([LANES], tl.float32)
+            high, rest, unit = (few,), (few,), tl.zeros([LANES], tl.float32)
             known = tl.where(is_heavy[None, :], 0.0, low + spread * 0.5)
         else:
-            high, rest, unit = fold_steps(few, tl.load(steps + channel, mask=mask, other=0.0).to(tl.float32))
+            high, rest, unit = fold_steps((few,), (tl.load(steps + channel, mask=mask, other=0.0).to(tl.float32),))
             known = low + tl.where(is_heavy[None, :], 0.0, spread * (0.5 * ((1 << BITS) - 1)))
         bias = tl.sum(wide[None, :, :] * known[:, None, :], 2)
-        tiles = page_logits(codes, channel, mask, offset, high, rest, unit, bias, q_unit, M, CP, PAGE, BITS, T, LANES)
+        if BITS != 16:
+            bias *= 1 / QUERY
+        places = ((channel, mask),)
+        tiles = page_logits(codes, places, offset, high, rest, unit, bias, q_unit, M, PAGE, BITS, T, LANES)
         for k in tl.static_range(PAGE // T // parts):
             token = page[:, None] * PAGE + offset + k * T + tl.arange(0, T)[None, :]
             is_head = exists[:, None, None] & (g < PER_KV)[None, :, None]

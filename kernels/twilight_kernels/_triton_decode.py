@@ -31,6 +31,7 @@ from ._triton_prune import BLOCK, find_limits
 from ._triton_tiles import (
     LEAST_TOKENS,
     SPLITS,
+    channel_parts,
     grid_splits,
     last_contiguous,
     power_of_two,
@@ -137,7 +138,7 @@ def _attend_packed(
         query, *query.stride()[:2], key_pages.codes, key_pages.lo, key_pages.step, table, columns, num_pages, pages,
         _flags(tokens, num_pages), listed or 0, logits, tops, sums, width, scaling, min_sparse_len, kv_heads,
         **shape, HAS_PAGES=listed is not None, HAS_TOKENS=tokens is not None,
-        **splits, **score_launch(shape, is_wide),
+        **splits, **score_launch(shape, tokens is not None),
     )  # fmt: skip
     limits, needed, masses = sums, num_pages, sums  # read by nobody at p = 1
     if p < 1.0:
@@ -162,18 +163,18 @@ def _attend_packed(
 def _heads(query: Tensor, kv_heads: int, value_dim: int) -> dict[str, int]:
     per_kv, dim = query.shape[1] // kv_heads, query.shape[2]
     return {
-        "PER_KV": per_kv, "M": max(16, power_of_two(per_kv)), "D": dim, "DP": max(16, power_of_two(dim)),
-        "DV": value_dim, "VP": max(16, power_of_two(value_dim)),
+        "PER_KV": per_kv, "M": max(16, power_of_two(per_kv)), **channel_parts(dim), "DV": value_dim,
+        "VP": max(16, power_of_two(value_dim)),
     }  # fmt: skip
 
 
 def _tile(query: Tensor, value_dim: int) -> int:
-    largest = max(query.shape[2], value_dim)
+    largest = max(channel_parts(query.shape[2])["DP"], value_dim)
     return tile_tokens(largest, query.dtype == torch.float32 or largest > 128)
 
 
 def _warps(query: Tensor, *dims: int) -> int:
-    return warps_for(query.dtype == torch.float32, query.shape[2], *dims)
+    return warps_for(query.dtype == torch.float32, channel_parts(query.shape[2])["DP"], *dims)
 
 
 def _splits(pages: KeyPages) -> dict[str, int]:

@@ -14,8 +14,9 @@ from ._triton_tiles import load_query, segment
 def logits_kernel(
     query, row_stride, head_stride, codes, lows, steps, table, columns, num_pages, candidates, candidate_tokens,
     num_listed, out, tops, sums, tokens, scaling, min_sparse_len, kv_heads, PER_KV: tl.constexpr, M: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, BITS: tl.constexpr, HAS_PAGES: tl.constexpr,
-    HAS_TOKENS: tl.constexpr, T: tl.constexpr, LANES: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr, PAGE: tl.constexpr, BITS: tl.constexpr,
+    HAS_PAGES: tl.constexpr, HAS_TOKENS: tl.constexpr, T: tl.constexpr, LANES: tl.constexpr, SPLITS: tl.constexpr,
+    LEAST: tl.constexpr,
 ):  # fmt: skip
     """Score one split of the pages of one KV head for all its query heads; what is no candidate is ``-inf``."""
     pair, split = tl.program_id(0), tl.program_id(1)
@@ -25,7 +26,7 @@ def logits_kernel(
     if HAS_PAGES:
         count = tl.where(is_listed, num_listed, count)
     first, last = segment(count, split, SPLITS, LEAST)
-    q, q_unit = load_query(query, row_stride, head_stride, row, kv_head, scaling, PER_KV, M, D, DP, BITS == 16)
+    q, q_unit = load_query(query, row_stride, head_stride, row, kv_head, scaling, PER_KV, M, D, DP, RP, BITS == 16)
     g = tl.arange(0, M)
     head_row = out + (pair.to(tl.int64) * PER_KV + g) * tokens
     top = tl.full([LANES, M], float("-inf"), tl.float32)

@@ -14,7 +14,7 @@ from ._triton_logits import logits_kernel
 from ._triton_merge import LISTED_TILE, SLOT_TILE, merge_kernel
 from ._triton_prune import BLOCK, ROUNDS, collect_kernel, limit_kernel, mass_kernel
 from ._triton_score import _PAGES, _judge_kernel, _key_logits_kernel
-from ._triton_tiles import LEAST_TOKENS, REGISTERS, SPLITS, power_of_two, tile_tokens, warps_for
+from ._triton_tiles import LEAST_TOKENS, REGISTERS, SPLITS, channel_parts, power_of_two, tile_tokens, warps_for
 from ._triton_values import value_launch, value_shape
 
 # model dtype, key bits, value bits, page size, query heads on a KV head, key dim, value dim, value group
@@ -28,6 +28,13 @@ CONFIGURATIONS = (
     ("bf16", 3, 2, 128, 1, 256, 256, 64),
     ("fp32", 4, 4, 16, 7, 80, 96, 32),
     ("fp32", 16, 16, 64, 4, 128, 128, 64),
+    # presets, whose keys have refined channels
+    ("bf16", 2, 2, 64, 4, 144, 128, 64),
+    ("bf16", 3, 3, 64, 4, 144, 128, 64),
+    ("bf16", 4, 4, 32, 4, 144, 128, 64),
+    ("fp16", 3, 3, 64, 3, 72, 64, 64),
+    # the largest heads, many on a KV head
+    ("bf16", 4, 4, 64, 16, 256, 256, 64),
 )
 _TYPES = {
     **dict.fromkeys(("key_lo", "key_step", "value_lo", "value_step", "lows", "steps"), "*fp16"),
@@ -64,15 +71,16 @@ def _decode_cases(configuration: tuple[Any, ...], is_listed: bool) -> list[AotCa
     splits = {"PAGE": page, "SPLITS": SPLITS, "LEAST": max(1, LEAST_TOKENS // page)}
     kept = {**value_shape(value_dim, value_bits, group, per_kv, is_wide), "BLOCK": BLOCK // 4}
     merged = {"SLOTS": 128, "TILE": SLOT_TILE, "LISTED": LISTED_TILE, "HAS_STATS": True, "PRUNES": True}
-    tile = min(32, tile_tokens(max(dim, value_dim), is_wide or max(dim, value_dim) > 128))
-    heads = {"D": dim, "DP": max(16, power_of_two(dim)), "M": max(16, power_of_two(per_kv))}
+    heads = {**channel_parts(dim), "M": max(16, power_of_two(per_kv))}
+    largest = max(heads["DP"], value_dim)
+    tile = min(32, tile_tokens(largest, is_wide or largest > 128))
     plain = {**kept, **heads, "HAS_NEW": not is_listed, "IS_PAGED": is_listed, "RUN": RUN, "T": tile}
     types = {"keys": f"*{dtype}", "values": f"*{dtype}"}
     return [
-        _case(name, plain_kernel, types, dtype, plain, num_warps=warps_for(is_wide, dim, value_dim)),
+        _case(name, plain_kernel, types, dtype, plain, num_warps=warps_for(is_wide, largest)),
         _case(
             name, logits_kernel, codes, dtype, scored, splits, listed,
-            **score_launch(scored, is_wide),
+            **score_launch(scored, is_listed),
         ),
         *(
             _case(
@@ -87,13 +95,12 @@ def _decode_cases(configuration: tuple[Any, ...], is_listed: bool) -> list[AotCa
 
 def _score_cases(configuration: tuple[Any, ...]) -> list[AotCase]:
     dtype, bits, _, page, per_kv, dim, _, _ = configuration
-    is_wide = dtype == "fp32"
     name, codes = _name(configuration), {"codes": _codes(dtype, bits), "out": "*fp32"}
     scored = score_shape(page, dim, bits, per_kv)
     splits = {"SPLITS": SPLITS, "LEAST": max(1, LEAST_TOKENS // page)}
     few = channel_shape(per_kv, dim, page, dim // 4, bits)
     judged = {"PAGES": _PAGES, "LEVELS": 0 if bits == 16 else (1 << bits) - 1}
-    launch = score_launch(scored, is_wide)
+    launch = score_launch(scored)
     types, bounded = {**codes, "tokens": "fp32"}, {"maxnreg": REGISTERS}
     return [
         _case(name, _key_logits_kernel, codes, dtype, scored, splits, **launch),

@@ -21,6 +21,8 @@ TILE_NUMBERS = 8192  # numbers of a tile of keys or values: 64 tokens of 128 cha
 
 CODE = tl.constexpr(float(1 << 24))  # the bits of a code, taken for those of a float16, times this are the code
 
+QUERY = tl.constexpr(1024.0)  # unit of a query: times steps below 2 far from float16's limit, and its least number
+
 # Triton's interpreter multiplies the bits of bfloat16 matrices, not their numbers (3.6 and 3.9)
 _WIDENS = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -28,6 +30,15 @@ _WIDENS = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 def power_of_two(count: int) -> int:
     """Return the least power of two that is ``count`` or more."""
     return 1 << max(0, count - 1).bit_length()
+
+
+def channel_parts(dim: int) -> dict[str, int]:
+    """Constants by which the channels of keys are taken in two parts, ``DP`` and ``RP``, or padded to ``DP`` alone."""
+    main = power_of_two(dim + 1) // 2
+    rest = max(16, power_of_two(dim - main))
+    if main < 16 or main == dim or main + rest >= power_of_two(dim):
+        return {"D": dim, "DP": max(16, power_of_two(dim)), "RP": 0}
+    return {"D": dim, "DP": main, "RP": rest}
 
 
 def field_bits(bits: int) -> int:
@@ -97,23 +108,38 @@ def unpack_codes(row, i, COUNT: tl.constexpr, BITS: tl.constexpr, mask):
 
 @triton.jit
 def load_query(
-    query, row_stride, head_stride, row, kv_head, scaling,
-    PER_KV: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, IS_RAW: tl.constexpr,
+    query, row_stride, head_stride, row, kv_head, scaling, PER_KV: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, RP: tl.constexpr, IS_RAW: tl.constexpr,
 ):  # fmt: skip
-    """Query heads of one KV head ``[M, DP]``, and what their logits are to be multiplied by ``[M]``.
+    """Query heads of one KV head, ``[M, C]`` of each part of the channels, and their logits' factors ``[M]``.
 
-    For packed keys they are scaled by a power of two to below 2.
+    For packed keys they are scaled by a power of two to below 2 * ``QUERY``, their factors to below 2.
     """
     g = tl.arange(0, M)
-    d = tl.arange(0, DP)
-    heads = row.to(tl.int64) * row_stride + (kv_head * PER_KV + g) * head_stride
-    q = tl.load(query + heads[:, None] + d[None, :], mask=(g < PER_KV)[:, None] & (d < D)[None, :], other=0.0)
+    exists = g < PER_KV
+    heads = query + row.to(tl.int64) * row_stride + (kv_head * PER_KV + g) * head_stride
+    parts = (load_heads(heads, exists, 0, D, DP),)
+    if RP > 0:
+        parts = parts + (load_heads(heads, exists, DP, D, RP),)
     if IS_RAW:
-        return q, tl.zeros([M], tl.float32) + scaling
+        return parts, tl.zeros([M], tl.float32) + scaling
     else:
-        wide = q.to(tl.float32) * scaling
-        unit, inverse = exact_unit(tl.max(tl.abs(wide), 1))
-        return wide * inverse[:, None], unit
+        largest = tl.zeros([M], tl.float32)
+        wide, scaled = (), ()
+        for k in tl.static_range(len(parts)):
+            wide = wide + (parts[k].to(tl.float32) * scaling,)
+            largest = tl.maximum(largest, tl.max(tl.abs(wide[k]), 1))
+        unit, inverse = exact_unit(largest)
+        for k in tl.static_range(len(parts)):
+            scaled = scaled + (wide[k] * inverse[:, None] * QUERY,)
+        return scaled, unit
+
+
+@triton.jit
+def load_heads(heads, exists, FIRST: tl.constexpr, D: tl.constexpr, C: tl.constexpr):
+    """Channels from ``FIRST`` on of query heads that exist, ``[M, C]``."""
+    d = FIRST + tl.arange(0, C)
+    return tl.load(heads[:, None] + d[None, :], mask=exists[:, None] & (d < D)[None, :], other=0.0)
 
 
 @triton.jit

@@ -105,6 +105,19 @@ def make_scene_on() -> Callable[..., Scene]:
     return lambda device, **shape: random_scene(device=device, **shape)
 
 
+@pytest.fixture(params=["cuda", INTERPRETER])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return a device whose kernels are Triton's, for tests of what other backends do not have."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        return "cuda"
+    if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton is not there, or compiles for the GPU of this machine")
+    monkeypatch.setenv("HF_TWILIGHT_BACKEND", "triton")
+    return "cpu"
+
+
 @dataclasses.dataclass
 class Scene:
     """Pages of one layer, block tables and plain tokens of a batch, and what a decode step gets."""

@@ -1,15 +1,28 @@
-"""A decode step on GPUs never waits for the device: what a CUDA graph could not capture is refused here."""
+"""A decode step on GPUs: it never waits for the device, and takes large batches and far pages.
+
+What a CUDA graph could not capture is refused here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from twilight_kernels import channel_logits, decode_attention, key_logits, page_masses, page_scores
+from twilight_kernels import (
+    KeyPages,
+    ValuePages,
+    _reference,
+    channel_logits,
+    decode_attention,
+    key_logits,
+    page_masses,
+    page_scores,
+)
 
 pytest.importorskip("triton")
 
@@ -32,32 +45,19 @@ class _RefuseWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture(params=["cuda", "interpreter"])
-def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA device")
-        yield "cuda"
-        return
-    if torch.cuda.is_available():
-        pytest.skip("Triton compiles for the GPU of this machine")
-    monkeypatch.setenv("HF_TWILIGHT_BACKEND", "triton")
-    yield "cpu"
-
-
 def test_the_refusal_notices_what_waits() -> None:
     for wait in (lambda x: x.item(), lambda x: x[x > 0], lambda x: x.nonzero(), lambda x: bool(x > 0)):
         with pytest.raises(AssertionError, match="waits for the device"), _RefuseWaiting():
             wait(torch.ones(1))
 
 
-def test_a_step_reads_nothing_back(step: str, make_scene_on: Callable[..., Any]) -> None:
-    scene = make_scene_on(step, pages=(3, 0), plain=(20, 65), key_bits=2, value_bits=2)
+def test_a_step_reads_nothing_back(gpu: str, make_scene_on: Callable[..., Any]) -> None:
+    scene = make_scene_on(gpu, pages=(3, 0), plain=(20, 65), key_bits=2, value_bits=2)
     arguments, options = scene.inputs()
-    candidates = torch.zeros(2, 2, 1, dtype=torch.int32, device=step)
+    candidates = torch.zeros(2, 2, 1, dtype=torch.int32, device=gpu)
     candidates[1] = -1
-    flags = torch.ones(2, 2, 64, dtype=torch.bool, device=step)
-    stats = torch.zeros(2, 6, 5, dtype=torch.float64, device=step)
+    flags = torch.ones(2, 2, 64, dtype=torch.bool, device=gpu)
+    stats = torch.zeros(2, 6, 5, dtype=torch.float64, device=gpu)
     with _RefuseWaiting():
         for p in (0.9, 1.0):
             decode_attention(*arguments, **options, p=p, min_keep=2, min_sparse_len=64, stats=stats)
@@ -66,6 +66,45 @@ def test_a_step_reads_nothing_back(step: str, make_scene_on: Callable[..., Any])
             kernel(scene.query, scene.key_pages, scene.block_table, scene.num_pages, scene.scaling)
         channel_logits(scene.query, scene.key_pages, 16, scene.block_table, scene.num_pages, scene.scaling)
     assert stats[..., 3].min() > 0, "the steps were made"
+
+
+def test_256_rows_are_those_of_the_reference(gpu: str, make_scene_on: Callable[..., Any]) -> None:
+    scene = make_scene_on(
+        gpu, pages=([0] * 14 + [2, 1]) * 16, plain=[1, 16] * 128, kv_heads=1, q_per_kv=1, key_dim=24, value_dim=16,
+        page_size=16, group_size=16,
+    )  # fmt: skip
+    arguments, options = scene.inputs()
+    found = decode_attention(*arguments, **options)
+    arguments, options = scene.wide().inputs()
+    exact = _reference.decode_attention(*arguments, **options)
+    assert torch.allclose(found.double(), exact, atol=1e-4, rtol=0)
+    assert float((exact[1:] - exact[:-1]).abs().amax((1, 2)).min()) > 0.01, "a row would not pass for its neighbour"
+
+
+def test_pages_beyond_two_to_the_31_are_found(gpu: str, make_scene_on: Callable[..., Any]) -> None:
+    """Codes of more numbers than 32 bits count; of the memory only what is touched is taken."""
+    scene = make_scene_on(
+        gpu, pages=(2, 1), plain=(16, 3), q_per_kv=1, key_dim=128, value_dim=128, page_size=128, key_bits=8,
+        value_bits=8,
+    )  # fmt: skip
+    slots = (1 << 31) // (2 * 128 * 128) + 8
+
+    def far(near: torch.Tensor) -> torch.Tensor:
+        shape, kind = (slots, *near.shape[1:]), {torch.uint8: np.uint8, torch.float16: np.float16}[near.dtype]
+        found = torch.from_numpy(np.zeros(shape, kind)) if gpu == "cpu" else near.new_zeros(shape)
+        found[-len(near) :] = near
+        return found
+
+    keys, values = scene.key_pages, scene.value_pages
+    arguments, options = scene.inputs()
+    near = decode_attention(*arguments, **options, p=0.9)
+    arguments, options = scene.inputs()
+    table = options["block_table"]
+    options["block_table"] = torch.where(table < 0, table, table + slots - keys.num_pages)
+    far_keys = KeyPages(keys.codec, far(keys.codes), far(keys.lo), far(keys.step))
+    far_values = ValuePages(values.codec, far(values.codes), far(values.lo), far(values.step))
+    found = decode_attention(arguments[0], far_keys, far_values, arguments[3], **options, p=0.9)
+    assert torch.equal(found, near)
 
 
 @pytest.mark.gpu
