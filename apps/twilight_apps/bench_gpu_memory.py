@@ -41,11 +41,13 @@ def _allocate(
     sizes: Sizes, settings: TwilightConfig | None, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     _, kv_heads, head_dim = sizes.shape
+    key_dim = head_dim
     layers, tokens, item = sizes.model["num_hidden_layers"], sizes.memory_tokens, dtype.itemsize
     if settings is None:
         per_token = 2.0 * head_dim * item
     else:
-        per_token = key_token_bytes(head_dim, settings.key_codec, item)
+        key_dim = head_dim + settings.refined(0, kv_heads, head_dim).count
+        per_token = key_token_bytes(key_dim, settings.key_codec, item)
         per_token += value_token_bytes(head_dim, settings.value_codec, item)
     closed_form = int(per_token * kv_heads * layers * tokens)
     found: dict[str, Any] = {"weight_bytes": weight_count(sizes) * item, "cache_bytes_closed_form": closed_form}
@@ -60,7 +62,7 @@ def _allocate(
                 held += [torch.empty(kv_heads, tokens, head_dim, dtype=dtype, device=device) for _ in range(2)]
                 continue
             pages = -(-tokens // settings.page_size)
-            keys = KeyPages.empty(pages, kv_heads, head_dim, settings.key_codec, dtype, device)
+            keys = KeyPages.empty(pages, kv_heads, key_dim, settings.key_codec, dtype, device)
             values = ValuePages.empty(pages, kv_heads, head_dim, settings.value_codec, dtype, device)
             held += [*keys.tensors().values(), *values.tensors().values()]
     except torch.OutOfMemoryError as error:
