@@ -13,7 +13,6 @@ from twilight_kernels import KeyPages, PlainTokens, ValuePages, _reference
 from .synthetic import AttentionInputs
 
 _ROUNDINGS = 4  # float32 roundings of the largest possible logit that an output may be off by
-_BORDER = 1e-6  # relative change of p that moves tokens across the threshold within rounding
 
 
 @dataclass(frozen=True)
@@ -161,11 +160,12 @@ def _compare(
 
     error = (out.double() - define(policy.p)).abs()
     largest_logit = inputs.scaling * head.query.norm(dim=-1).max() * inputs.keys[0, k].norm(dim=-1).max()
-    rounding = torch.finfo(torch.float32).eps * float(1 + largest_logit)
-    tolerance = torch.full_like(error, _ROUNDINGS * rounding * float(inputs.values[0, k].abs().max()))
+    rounding = _ROUNDINGS * torch.finfo(torch.float32).eps * float(1 + largest_logit)
+    tolerance = torch.full_like(error, rounding * float(inputs.values[0, k].abs().max()))
     if policy.p < 1.0 and not bool((error <= tolerance).all()):
-        # a token on the threshold may fall on either side of it: that moves the output by what it weighs
-        tolerance += (define(min(1.0, policy.p * (1 + _BORDER))) - define(policy.p * (1 - _BORDER))).abs()
+        # weights are off by what their logits are, and so is the share that tokens carry: where that decides whether
+        # p is reached, a token may fall on either side of the threshold and moves the output by what it weighs
+        tolerance += (define(min(1.0, policy.p * (1 + rounding))) - define(policy.p * (1 - rounding))).abs()
     place = int((error - tolerance).argmax())
     return float(error.flatten()[place]), float(tolerance.flatten()[place])
 
