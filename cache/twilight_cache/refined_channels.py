@@ -71,12 +71,9 @@ class RefinedChannels:
         return torch.sort(ranges, dim=-1, descending=True, stable=True).indices[..., : self.count]
 
     def rests(self, keys: Tensor, index: Tensor, codec: KeyCodec) -> Tensor:
-        """What rounding leaves of the channels ``index [N, K, R]`` of pages ``[N, K, page_size, D]``, in their dtype.
-
-        Raises:
-            ValueError: a number that is not finite, or outside what float16 scales reach.
-        """
-        left = keys.gather(-1, index[:, :, None].expand(*keys.shape[:-1], -1)).float()
+        """What rounding leaves of channels ``index [N, K, R]`` of pages ``[N, K, page_size, D]``, in their dtype."""
+        columns = keys.transpose(-1, -2)  # in memory, too: pages are rounded along their tokens
+        left = columns.gather(2, index[..., None].expand(-1, -1, -1, keys.shape[2])).float().transpose(-1, -2)
         if self._named is None:
             return (left - rounded_keys(left, codec)).to(keys.dtype)
         turns, rests = self._turns.to(keys.device)[:, None], torch.zeros_like(left)

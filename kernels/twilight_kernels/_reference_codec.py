@@ -52,16 +52,14 @@ def store_key_pages(pages: KeyPages, page_ids: Tensor, keys: Tensor) -> None:
         pages.codes[index] = keys.transpose(-1, -2).to(pages.codes.dtype)
         return
     codes, lo, step = _rounded(keys.float(), codec)
-    pages.codes[index] = pack(codes.transpose(-1, -2), codec.bits)
+    _require_finite(lo, "keys")
+    _require_finite(step, "keys")
+    pages.codes[index] = pack(codes.to(torch.uint8).transpose(-1, -2), codec.bits)
     pages.lo[index], pages.step[index] = lo, step
 
 
 def rounded_keys(keys: Tensor, codec: KeyCodec) -> Tensor:
-    """Return what pages of ``codec`` would hold of keys ``[N, K, page_size, D]``, as float32.
-
-    Raises:
-        ValueError: a key that is not finite, or too large for float16 scales.
-    """
+    """Return what pages of ``codec`` would hold of keys ``[N, K, page_size, D]``, as float32; NaN if they cannot."""
     if codec.is_raw:
         return keys.float()
     codes, lo, step = _rounded(keys.float(), codec)
@@ -95,7 +93,7 @@ def store_value_pages(pages: ValuePages, page_ids: Tensor, values: Tensor) -> No
     _require_finite(step, "values")
     widths = torch.tensor([part.shape[-1] for part in parts], device=x.device)
     wide_lo, wide_step = (t.float().repeat_interleave(widths, -1) for t in (lo, step))
-    pages.codes[index] = pack(_codes(x, wide_lo, wide_step, codec.levels), codec.bits)
+    pages.codes[index] = pack(_codes(x, wide_lo, wide_step, codec.levels).to(torch.uint8), codec.bits)
     pages.lo[index], pages.step[index] = lo, step
 
 
@@ -140,19 +138,17 @@ def store_tokens(
 
 def _rounded(x: Tensor, codec: KeyCodec) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of ``[N, K, page_size, D]``, and the scales ``[N, K, D]`` of each page."""
-    low, high = x.amin(-2), x.amax(-2)
+    low, high = torch.aminmax(x, dim=-2)
     mid, half = (high + low) / 2, (high - low) / 2 * codec.clip
     lo = (mid - half).half()
     step = (half * 2 / codec.levels).half()
-    _require_finite(lo, "keys")
-    _require_finite(step, "keys")
     return _codes(x, lo.float().unsqueeze(-2), step.float().unsqueeze(-2), codec.levels), lo, step
 
 
 def _codes(x: Tensor, lo: Tensor, step: Tensor, levels: int) -> Tensor:
     """Round to the nearest level of the *stored* scales, so that codes and float16 rounding agree."""
     inverse = torch.where(step > 0, 1.0 / step, torch.zeros_like(step))
-    return ((x - lo) * inverse + 0.5).floor().clamp(0, levels).to(torch.uint8)
+    return ((x - lo) * inverse + 0.5).floor().clamp(0, levels)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
