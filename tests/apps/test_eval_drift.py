@@ -59,7 +59,7 @@ def test_eval_pareto_records_are_those_of_the_definition(
         (["--baseline", "hqq 4bit"], "did you mean 'hqq 4-bit'"),
         (["--preset", "balancd"], "did you mean 'balanced'"),
         (["--chunk", "0"], "chunk must be at least 1, got 0"),
-        (["--chunk", "129", "--preset", "balanced"], "chunk must be at most the window of balanced, 128 tokens"),
+        (["--chunk", "65", "--preset", "balanced"], "chunk must be at most the window of balanced, 64 tokens"),
         (["--mode", "prefill"], "mode must be packing or decode, got 'prefill'"),
         (["--positions", "0"], "positions must be from 1 to"),
         (["--text", "no-such.txt"], "no-such.txt"),

@@ -51,5 +51,5 @@ def test_with_facts_leaves_samples_without_room_as_they_are(tokenizer: Any) -> N
 
 
 def test_sample_ids_says_how_small_a_sample_may_be(tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match=r"hold 4096 tokens, got 2; .* smaller sample_len \(at least 388\)"):
+    with pytest.raises(ValueError, match=r"hold 4096 tokens, got 2; .* smaller sample_len \(at least 324\)"):
         sample_ids(tokenizer, "two words", 4096, 1, 0, TwilightConfig())
