@@ -30,6 +30,7 @@ from ._triton_merge import LISTED_TILE, SLOT_TILE, merge_kernel
 from ._triton_prune import BLOCK, find_limits
 from ._triton_tiles import (
     LEAST_TOKENS,
+    REGISTERS,
     SPLITS,
     channel_parts,
     grid_splits,
@@ -111,7 +112,7 @@ def _attend_plain(
         query, *query.stride()[:2], plain.keys, plain.values, plain_len.contiguous(), table, columns, num_sinks,
         triton.cdiv(num_sinks, capacity), *appended, parts, tops, sums, scaling, kv_heads, shape[1], capacity,
         **_heads(query, kv_heads, value_dim), HAS_NEW=new_key is not None, IS_PAGED=plain_table is not None, RUN=RUN,
-        T=min(32, _tile(query, value_dim)), num_warps=_warps(query, value_dim), num_stages=2,
+        T=min(32, _tile(query, value_dim)), num_warps=_warps(query, value_dim), num_stages=2, maxnreg=REGISTERS,
     )  # fmt: skip
     return parts, tops, sums
 

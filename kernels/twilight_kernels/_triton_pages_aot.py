@@ -77,7 +77,7 @@ def _decode_cases(configuration: tuple[Any, ...], is_listed: bool) -> list[AotCa
     plain = {**kept, **heads, "HAS_NEW": not is_listed, "IS_PAGED": is_listed, "RUN": RUN, "T": tile}
     types = {"keys": f"*{dtype}", "values": f"*{dtype}"}
     return [
-        _case(name, plain_kernel, types, dtype, plain, num_warps=warps_for(is_wide, largest)),
+        _case(name, plain_kernel, types, dtype, plain, num_warps=warps_for(is_wide, largest), maxnreg=REGISTERS),
         _case(
             name, logits_kernel, codes, dtype, scored, splits, listed,
             **score_launch(scored, is_listed),

@@ -43,11 +43,10 @@ def value_shape(dim: int, bits: int, group: int, per_kv: int, is_wide: bool) -> 
 
 def value_launch(shape: dict[str, int], is_wide: bool) -> dict[str, int]:
     """How to launch a kernel of ``value_shape``."""
-    return {
-        "num_warps": 4 if shape["FOLDS"] else warps_for(is_wide, shape["DV"]),
-        "num_stages": 1,
-        "maxnreg": REGISTERS,
-    }
+    # with large queries one warp has too few registers for its tokens
+    folded = 4 if shape["M"] * shape["VP"] < 4096 else 8
+    warps = folded if shape["FOLDS"] else warps_for(is_wide, shape["DV"])
+    return {"num_warps": warps, "num_stages": 1, "maxnreg": REGISTERS}
 
 
 @triton.jit
