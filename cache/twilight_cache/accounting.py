@@ -11,7 +11,7 @@ class LayerBytes:
 
     Attributes:
         codes: packed numbers (or raw ones) of keys and values.
-        scales: ``lo`` and ``step`` of keys and values.
+        scales: ``lo`` and ``step`` of keys and values, and which key channels are refined.
         sinks: first tokens in the model's dtype.
         window: last tokens in the model's dtype, room to grow included.
         selector: what selectors noted down, room to grow included.

@@ -36,7 +36,8 @@ class RefinedChannels:
 
     def __init__(self, channels: int | Named = 0) -> None:
         self._named: Tensor | None = None  # [K, R]
-        self._turns = torch.zeros(0)  # [K, R], how often each was named before
+        self._turns = torch.zeros(1, 1, dtype=torch.int64)  # [K, R], how often each was named before
+        self._last_turn = 0
         if isinstance(channels, int):
             self.count = channels
             _require_multiple({channels} - {0}, channels)
@@ -46,6 +47,7 @@ class RefinedChannels:
         if channels:
             turns = [[list(row[:at]).count(channel) for at, channel in enumerate(row)] for row in channels]
             self._named, self._turns = torch.tensor([list(row) for row in channels]), torch.tensor(turns)
+            self._last_turn = int(self._turns.max())
 
     def check(self, kv_heads: int, key_dim: int) -> None:
         """Raise ValueError unless these are channels of keys of that shape."""
@@ -74,12 +76,10 @@ class RefinedChannels:
         """What rounding leaves of channels ``index [N, K, R]`` of pages ``[N, K, page_size, D]``, in their dtype."""
         columns = keys.transpose(-1, -2)  # in memory, too: pages are rounded along their tokens
         left = columns.gather(2, index[..., None].expand(-1, -1, -1, keys.shape[2])).float().transpose(-1, -2)
-        if self._named is None:
-            return (left - rounded_keys(left, codec)).to(keys.dtype)
-        turns, rests = self._turns.to(keys.device)[:, None], torch.zeros_like(left)
-        for turn in range(int(self._turns.max()) + 1):
+        rests = left = left - rounded_keys(left, codec)
+        for turn in range(1, self._last_turn + 1):
             left = left - rounded_keys(left, codec)
-            rests = torch.where(turns == turn, left, rests)
+            rests = torch.where((self._turns == turn).to(keys.device)[:, None], left, rests)
         return rests.to(keys.dtype)
 
     def widen(self, keys: Tensor) -> Tensor:

@@ -186,6 +186,7 @@ class _ValuePlane:
         return self.weight * 2.0 ** (-self.width * field)
 
     def load(self, builder, address, _start):
+        """Emit the plane's codes from ``address`` on: a float32 vector of ``lanes`` for each field, see ``channel``."""
         if self.is_raw:
             return [_raw(builder, self.kind, address, self.lanes)]
         packed = load(builder, address, ir.VectorType(I8, self.lanes), 1)
@@ -217,6 +218,7 @@ class _WholeRow:
         return 1.0
 
     def load(self, builder, address, start):
+        """Emit the codes of the row's channels from ``start`` on, its planes joined: float32 vectors, one a field."""
         first = self.channel(0, start) // LANES
         return [_key_tile(builder, self.kind, self.dim, address, first + f) for f in range(self.fields)]
 
