@@ -92,13 +92,13 @@ class LayerTensors:
         """Write the rests into the last channels of the keys ``[K, N * page_size, D + R]`` that a row packs."""
         assert self.refined_index is not None and isinstance(self.key_codec, KeyCodec)
         pages = keys.unflatten(1, (len(flush.page_ids), -1)).transpose(0, 1)  # [N, K, page_size, D + R]
-        exact = pages[..., : -self.refined.count]
         if not flush.first:
-            self.refined_index[flush.row] = self.refined.choose(exact[:1])[0]
+            exact = pages[:1, ..., : -self.refined.count]
+            self.refined_index[flush.row] = self.refined.choose(exact)[0]
             if self._places is not None:  # in place: a captured graph reads it where it is
                 self._places.copy_(self.refined.places(self.refined_index, self._places.shape[1], exact.shape[-1]))
         index = self.refined_index[flush.row].expand(len(flush.page_ids), -1, -1)
-        pages[..., -self.refined.count :] = self.refined.rests(exact, index, self.key_codec)
+        self.refined.write_rests(pages, index, self.key_codec)
 
     def _store(self, page_ids: list[int], keys: Tensor, values: Tensor) -> None:
         """Quantize ``[K, N * page_size, D]`` into pages."""

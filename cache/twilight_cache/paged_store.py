@@ -139,7 +139,7 @@ class PagedStore:
         if self.refined.count:
             exact = keys[..., : -self.refined.count]
             self._refined_index[packed] = self.refined.choose(exact).to(torch.int16)
-            keys[..., -self.refined.count :] = self.refined.rests(exact, self._index_of(first), self.keys.codec)
+            self.refined.write_rests(keys, self._index_of(first), self.keys.codec)
         store_key_pages(self.keys, packed, keys)
         store_value_pages(self.values, packed, self.plain.values[plain])
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twilight_kernels import KeyCodec, rounded_keys
+from twilight_kernels import KeyCodec, widest_channels, write_rests
 
 CHANNEL_MULTIPLE = 8  # what a head dim must be a multiple of to be packed
 Named: TypeAlias = Sequence[Sequence[int]]
@@ -36,8 +36,7 @@ class RefinedChannels:
 
     def __init__(self, channels: int | Named = 0) -> None:
         self._named: Tensor | None = None  # [K, R]
-        self._turns = torch.zeros(1, 1, dtype=torch.int64)  # [K, R], how often each was named before
-        self._last_turn = 0
+        self._turns: Tensor | None = None  # [K, R], how often each was named before; None if none was
         if isinstance(channels, int):
             self.count = channels
             _require_multiple({channels} - {0}, channels)
@@ -47,7 +46,6 @@ class RefinedChannels:
         if channels:
             turns = [[list(row[:at]).count(channel) for at, channel in enumerate(row)] for row in channels]
             self._named, self._turns = torch.tensor([list(row) for row in channels]), torch.tensor(turns)
-            self._last_turn = int(self._turns.max())
 
     def check(self, kv_heads: int, key_dim: int) -> None:
         """Raise ValueError unless these are channels of keys of that shape."""
@@ -67,20 +65,11 @@ class RefinedChannels:
         """Return the channels ``[N, K, R]`` of sequences whose first pages hold keys ``[N, K, page_size, D]``."""
         if self._named is not None:
             return self._named.to(first_pages.device).expand(first_pages.shape[0], -1, -1)
-        x = first_pages.float()
-        ranges = x.amax(-2) - x.amin(-2)
-        # stable, for a page must choose the same wherever and beside whatever it is packed
-        return torch.sort(ranges, dim=-1, descending=True, stable=True).indices[..., : self.count]
+        return widest_channels(first_pages, self.count)
 
-    def rests(self, keys: Tensor, index: Tensor, codec: KeyCodec) -> Tensor:
-        """What rounding leaves of channels ``index [N, K, R]`` of pages ``[N, K, page_size, D]``, in their dtype."""
-        columns = keys.transpose(-1, -2)  # in memory, too: pages are rounded along their tokens
-        left = columns.gather(2, index[..., None].expand(-1, -1, -1, keys.shape[2])).float().transpose(-1, -2)
-        rests = left = left - rounded_keys(left, codec)
-        for turn in range(1, self._last_turn + 1):
-            left = left - rounded_keys(left, codec)
-            rests = torch.where((self._turns == turn).to(keys.device)[:, None], left, rests)
-        return rests.to(keys.dtype)
+    def write_rests(self, keys: Tensor, index: Tensor, codec: KeyCodec) -> None:
+        """Write what rounding leaves of channels ``index [N, K, R]`` into pages ``[N, K, page_size, D + R]``."""
+        write_rests(keys, index, codec, self._turns)
 
     def widen(self, keys: Tensor) -> Tensor:
         """Append zeros to ``[..., D]``: plain keys have no rest."""

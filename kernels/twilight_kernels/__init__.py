@@ -5,7 +5,7 @@ relatively, so a copy of it under another name works.
 """
 
 from ._backend import backend_name, has_kernels, has_matrix_tiles, has_prompt_kernels, release_threads
-from ._reference_codec import pack, rounded_keys, unpack
+from ._reference_codec import pack, unpack
 from .codec import (
     largest_magnitudes,
     load_key_pages,
@@ -19,6 +19,7 @@ from .layout import KeyPages, PlainTokens, ValuePages
 from .page_codec import KeyCodec, ValueCodec, key_token_bytes, packed_size, value_token_bytes
 from .prefill import attend_stripes, select_stripes
 from .prompt import prompt_attention
+from .rests import widest_channels, write_rests
 from .score import channel_logits, key_logits, page_masses, page_scores
 from .stripe_plan import StripePlan
 from .top_p import top_p_flags, top_p_threshold
@@ -48,7 +49,6 @@ __all__ = [
     "page_scores",
     "prompt_attention",
     "release_threads",
-    "rounded_keys",
     "select_stripes",
     "store_key_pages",
     "store_tokens",
@@ -57,4 +57,6 @@ __all__ = [
     "top_p_threshold",
     "unpack",
     "value_token_bytes",
+    "widest_channels",
+    "write_rests",
 ]

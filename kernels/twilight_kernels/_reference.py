@@ -19,6 +19,8 @@ from ._reference_codec import store_key_pages as store_key_pages
 from ._reference_codec import store_tokens as store_tokens
 from ._reference_codec import store_value_pages as store_value_pages
 from ._reference_codec import wide_dtype
+from ._reference_codec import widest_channels as widest_channels
+from ._reference_codec import write_rests as write_rests
 from ._reference_prefill import attend_stripes as attend_stripes
 from ._reference_prefill import select_stripes as select_stripes
 from ._reference_score import channel_logits as channel_logits

@@ -58,11 +58,32 @@ def store_key_pages(pages: KeyPages, page_ids: Tensor, keys: Tensor) -> None:
     pages.lo[index], pages.step[index] = lo, step
 
 
-def rounded_keys(keys: Tensor, codec: KeyCodec) -> Tensor:
-    """Return what pages of ``codec`` would hold of keys ``[N, K, page_size, D]``, as float32; NaN if they cannot."""
+def widest_channels(keys: Tensor, count: int) -> Tensor:
+    """See ``rests.widest_channels``."""
+    low, high = torch.aminmax(keys.float(), dim=-2)
+    # stable, for a page must choose the same wherever and beside whatever it is packed
+    return torch.sort(high - low, dim=-1, descending=True, stable=True).indices[..., :count]
+
+
+def write_rests(keys: Tensor, index: Tensor, codec: KeyCodec, turns: Tensor | None = None) -> None:
+    """See ``rests.write_rests``."""
+    count, size = index.shape[-1], keys.shape[2]
+    exact = keys.narrow(-1, 0, keys.shape[-1] - count)
+    left = exact.gather(-1, index[:, :, None].expand(-1, -1, size, -1)).float()
+    rests = left = left - _page_holds(left, codec)
+    if turns is not None:
+        turns = turns.to(keys.device)[:, None]
+        for turn in range(1, 1 + int(turns.max())):
+            left = left - _page_holds(left, codec)
+            rests = torch.where(turns == turn, left, rests)
+    keys.narrow(-1, keys.shape[-1] - count, count).copy_(rests)
+
+
+def _page_holds(keys: Tensor, codec: KeyCodec) -> Tensor:
+    """What pages of ``codec`` would hold of float32 keys ``[N, K, page_size, D]``; NaN if they cannot."""
     if codec.is_raw:
-        return keys.float()
-    codes, lo, step = _rounded(keys.float(), codec)
+        return keys
+    codes, lo, step = _rounded(keys, codec)
     return lo.float().unsqueeze(-2) + codes * step.float().unsqueeze(-2)
 
 

@@ -66,9 +66,9 @@ def test_a_refined_channel_is_stored_with_the_rest_of_a_rest(bits: int, dtype: t
     refined, levels, codec = RefinedChannels(channels), (1 << bits) - 1, KeyCodec(bits, SIZE)
     keys, slot = _tokens(SIZE, dtype=dtype)[0], torch.zeros(1, dtype=torch.int32)
     index, pages = refined.choose(keys), KeyPages.empty(1, K, D + 8, codec, dtype, "cpu")
-    rests = refined.rests(keys, index, codec)
-    assert rests.dtype == dtype
-    store_key_pages(pages, slot, torch.cat([keys, rests], -1))
+    wide = refined.widen(keys)
+    refined.write_rests(wide, index, codec)
+    store_key_pages(pages, slot, wide)
     error = (refined.fold(load_key_pages(pages, slot, torch.float32), index) - keys.float()).abs().amax(2)[0]  # [K, D]
     ranges = (keys.amax(2) - keys.amin(2)).float()[0]
     for head, named in enumerate(index[0].tolist()):

@@ -22,8 +22,7 @@ KERNELS = [
     name
     for name in twilight_kernels.__all__
     if inspect.isfunction(getattr(twilight_kernels, name))
-    and getattr(twilight_kernels, name).__module__.rpartition(".")[2]
-    not in ("_backend", "page_codec", "_reference_codec")
+    and getattr(twilight_kernels, name).__module__.rpartition(".")[2] not in OTHERS
 ]
 
 
