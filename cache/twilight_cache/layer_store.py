@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from operator import is_
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from twilight_kernels import KeyCodec, KeyPages, PlainTokens, ValueCodec, ValuePages, decode_attention, store_tokens
+from twilight_kernels import (
+    DecodeCall,
+    KeyCodec,
+    KeyPages,
+    PlainTokens,
+    ValueCodec,
+    ValuePages,
+    decode_attention,
+    prepare_decode,
+    store_tokens,
+)
 from twilight_kernels.skvq import SkvqCodec
 
 from .decode_policy import DecodePolicy
@@ -17,7 +29,7 @@ from .decode_stats import DecodeStats
 from .layer_tensors import LayerTensors
 from .page_codecs import load_pages
 from .refined_channels import RefinedChannels
-from .selectors import NUM_QUERIES, LayerView, Observer, Selection
+from .selectors import NUM_QUERIES, Full, LayerView, Observer, Selection
 from .sequences import Crop, Flush, SequenceBatch, Step
 
 
@@ -47,11 +59,12 @@ class LayerStore(LayerTensors):
         self.has_kernels = isinstance(key_codec, KeyCodec) and isinstance(value_codec, ValueCodec)
         self.tokens = 0
         self.decodes = DecodeStats()
+        self._decode_call: tuple[tuple[Any, ...], tuple[int, float], DecodeCall] | None = None
 
     def append(self, step: Step, keys: Tensor, values: Tensor) -> None:
         """Take the tokens of ``step``: ``keys [B, K, T, Dk]``, ``values [B, K, T, Dv]``, any strides."""
-        keys = self.refined.widen(keys)
         plain = self._prepare(step, keys, values)
+        keys = self.refined.widen(keys)
         self.tokens = step.start + step.count
         flushes = {flush.row: flush for flush in step.flushes}
         for row in range(keys.shape[0]):
@@ -70,10 +83,9 @@ class LayerStore(LayerTensors):
 
         ``keys [B, K, 1, Dk]`` and ``values [B, K, 1, Dv]`` are the step's; no row may be padding at this step.
         """
-        keys = self.refined.widen(keys)
         self._prepare(step, keys, values)
         self.tokens = step.start + step.count
-        out = self._attend(query, scaling, step, keys[:, :, 0], values[:, :, 0])
+        out = self.attend(query, scaling, step, keys[:, :, 0], values[:, :, 0])
         if step.flushes:
             self.flush(step.flushes)
         return out
@@ -85,8 +97,6 @@ class LayerStore(LayerTensors):
         """
         if self.plain is not None:
             keys, values = self.plain.keys, self.plain.values
-        elif keys is not None:
-            keys = self.refined.widen(keys[:, :, :0])
         assert keys is not None and values is not None
         self._prepare(step, keys, values)
         self._grow_pages()
@@ -94,17 +104,17 @@ class LayerStore(LayerTensors):
     def attend(
         self, query: Tensor, scaling: float, step: Step, new_key: Tensor | None, new_value: Tensor | None
     ) -> Tensor:
-        """Attend to the sequences as ``step`` left them, before its own pages were packed."""
-        return self._attend(query, scaling, step, None if new_key is None else self.refined.widen(new_key), new_value)
+        """Attend to the sequences as ``step`` left them, before its own pages were packed.
 
-    def _attend(
-        self, query: Tensor, scaling: float, step: Step, new_key: Tensor | None, new_value: Tensor | None
-    ) -> Tensor:
+        ``query [B, H, D]``; ``new_key [B, K, D]`` and ``new_value [B, K, Dv]`` are appended first, if given.
+        """
+        selection = self.select(query, scaling, step)
+        policy, tables = self.policy, step.tables(query.device)
+        stats = self.decodes.begin(query, selection, tables[1], -(-policy.min_sparse_len // self.key_codec.page_size))
+        if selection is None and new_key is not None and new_value is not None:
+            return self._step_of(query.shape[1], scaling, stats)(query, new_key, new_value, *tables)
         assert isinstance(self.keys, KeyPages) and isinstance(self.values, ValuePages) and self.plain is not None
-        block_table, num_pages, plain_len = step.tables(query.device)
-        query = self.widened(query)
-        policy, selection = self.policy, self._select(query, scaling, step)
-        min_pages = -(-policy.min_sparse_len // self.key_codec.page_size)
+        block_table, num_pages, plain_len = tables
         return decode_attention(
             query,
             self.keys,
@@ -121,20 +131,36 @@ class LayerStore(LayerTensors):
             min_sparse_len=policy.min_sparse_len,
             candidates=None if selection is None else selection.pages,
             candidate_tokens=None if selection is None else selection.tokens,
-            stats=self.decodes.begin(query, selection, num_pages, min_pages),
+            stats=stats,
+            refined=self.refined_index,
         )
+
+    def _step_of(self, heads: int, scaling: float, stats: Tensor) -> DecodeCall:
+        """Return the step prepared for the tensors as they are; looked up thirty times a token."""
+        tensors, made = (self.keys, self.values, self.plain, self.refined_index, stats), self._decode_call
+        if made is not None and all(map(is_, made[0], tensors)) and made[1] == (heads, scaling):
+            return made[2]
+        assert isinstance(self.keys, KeyPages) and isinstance(self.values, ValuePages) and self.plain is not None
+        policy = self.policy
+        call = prepare_decode(
+            self.keys, self.values, self.plain, heads=heads, scaling=scaling, p=policy.p, min_keep=policy.min_keep,
+            min_sparse_len=policy.min_sparse_len, stats=stats, refined=self.refined_index,
+        )  # fmt: skip
+        self._decode_call = tensors, (heads, scaling), call
+        return call
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy has; a prepared step holds for the original's tensors."""
+        return {**vars(self), "_decode_call": None}
 
     def select(self, query: Tensor, scaling: float, step: Step) -> Selection | None:
         """Return the candidates of a step for ``query [B, H, D]``; None if every packed token is one."""
-        return self._select(self.widened(query), scaling, step)
-
-    def _select(self, query: Tensor, scaling: float, step: Step) -> Selection | None:
-        pages = step.most_pages
-        if not pages or pages * self.key_codec.page_size < self.policy.min_sparse_len:
+        policy, pages = self.policy, step.most_pages
+        if type(policy.selector) is Full or not pages or pages * self.key_codec.page_size < policy.min_sparse_len:
             return None
         block_table, num_pages, plain_len = step.tables(query.device)
         view = self._view(block_table, num_pages, plain_len - 1, scaling)
-        return self.policy.selector.select(query, view)
+        return policy.selector.select(self.widened(query), view)
 
     def observe(self, queries: Tensor, scaling: float) -> None:
         """Show the selector the queries ``[B, H, T, D]`` of a forward of several tokens, which are stored already."""

@@ -44,28 +44,22 @@ class LayerTensors:
         self.plain: PlainTokens | None = None
         self.refined_index: Tensor | None = None
         self.selector_state = SelectorState()
-        self._places: Tensor | None = None  # [B, H, R] int64, of the refined channels in queries
 
     def widened(self, query: Tensor) -> Tensor:
         """Return queries ``[B, H, D]`` as the kernels take them: refined channels twice."""
-        if self.refined_index is None:
-            return query
-        if self._places is None:
-            with torch.inference_mode(mode=False):  # or it could not be written to outside of that mode
-                self._places = self.refined.places(self.refined_index, *query.shape[1:])
-        return self.refined.widen_query(query, self._places)
+        return query if self.refined_index is None else self.refined.widen_query(query.detach(), self.refined_index)
 
     def _folded(self, keys: Tensor, rows: slice = slice(None)) -> Tensor:
         return keys if self.refined_index is None else self.refined.fold(keys, self.refined_index[rows])
 
     @torch.inference_mode(mode=False)  # a tensor made in that mode could not be written to outside of it
     def _make_room(self, needed: int, keys: Tensor, values: Tensor) -> None:
-        """Allocate, or widen, so that each row has ``needed`` plain columns."""
+        """Allocate for tokens like ``[B, K, T, D]``, or widen, so that each row has ``needed`` plain columns."""
         plain = self.plain
         if plain is None:
             layout = self.sequences.layout
             room = max(needed, layout.num_sinks + layout.window + layout.page_size)
-            rows, heads, _, key_dim = keys.shape
+            rows, heads, key_dim = *keys.shape[:2], keys.shape[3] + self.refined.count
             self.plain = PlainTokens.empty(rows, heads, key_dim, values.shape[-1], room, keys.dtype, keys.device)
             pages = self.sequences.pool.capacity
             self.keys = empty_keys(pages, self.key_codec, heads, key_dim, keys.dtype, keys.device)
@@ -94,9 +88,7 @@ class LayerTensors:
         pages = keys.unflatten(1, (len(flush.page_ids), -1)).transpose(0, 1)  # [N, K, page_size, D + R]
         if not flush.first:
             exact = pages[:1, ..., : -self.refined.count]
-            self.refined_index[flush.row] = self.refined.choose(exact)[0]
-            if self._places is not None:  # in place: a captured graph reads it where it is
-                self._places.copy_(self.refined.places(self.refined_index, self._places.shape[1], exact.shape[-1]))
+            self.refined_index[flush.row] = self.refined.choose(exact)[0]  # in place: a captured graph reads it
         index = self.refined_index[flush.row].expand(len(flush.page_ids), -1, -1)
         self.refined.write_rests(pages, index, self.key_codec)
 
@@ -116,12 +108,11 @@ class LayerTensors:
         index = rows.to(self.plain.keys.device)
         self.plain = PlainTokens(self.plain.keys.index_select(0, index), self.plain.values.index_select(0, index))
         self.refined_index = None if self.refined_index is None else self.refined_index.index_select(0, index)
-        self._places = None
         self.selector_state.select_rows(index)
 
     def clear(self) -> None:
         """Drop every tensor."""
-        self.keys = self.values = self.plain = self.refined_index = self._places = None
+        self.keys = self.values = self.plain = self.refined_index = None
         self.selector_state = SelectorState()
 
     @torch.inference_mode(mode=False)
@@ -133,7 +124,6 @@ class LayerTensors:
         self.values = changed(self.values, lambda t: t.to(device))
         self.plain = PlainTokens(self.plain.keys.to(device), self.plain.values.to(device))
         self.refined_index = None if self.refined_index is None else self.refined_index.to(device)
-        self._places = None
         self.selector_state.move(device)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -160,7 +150,7 @@ class LayerTensors:
         sinks = column * min(self.sequences.layout.num_sinks, self.plain.capacity)
         return LayerBytes(
             codes=self.keys.codes.nbytes + self.values.codes.nbytes,
-            scales=scales + sum(t.nbytes for t in (self.refined_index, self._places) if t is not None),
+            scales=scales + (0 if self.refined_index is None else self.refined_index.nbytes),
             sinks=sinks,
             window=column * self.plain.capacity - sinks,
             selector=self.selector_state.num_bytes,

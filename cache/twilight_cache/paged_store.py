@@ -146,9 +146,10 @@ class PagedStore:
     def attend(self, query: Tensor, tables: RowTables | PromptTables, scaling: float) -> Tensor:
         """Attend rows ``[R, H, D]`` to what their tables list: ``[R, H, Dv]``."""
         policy = self.policy
-        if self.refined.count:
-            query = self._widened(query, tables.block_table)
         if isinstance(tables, PromptTables):
+            if self.refined.count:
+                index = self._index_of_rows(tables.block_table[None])
+                query = self.refined.widen_query(query, index.expand(query.shape[0], -1, -1))
             return prompt_attention(
                 query,
                 self.keys,
@@ -181,17 +182,18 @@ class PagedStore:
             plain_table=tables.plain_table,
             num_sinks=self.num_sinks,
             strips=tables.strips,
+            refined=self._index_of_rows(tables.block_table) if self.refined.count else None,
         )
 
     def _index_of(self, first: Tensor) -> Tensor:
         return self._refined_index[first.long()].long()
 
-    def _widened(self, query: Tensor, block_table: Tensor) -> Tensor:
-        first = block_table[..., :1].flatten()  # [R], or [1] of a prompt, or none
-        if not first.numel():
-            return self.refined.widen(query)  # plain keys have zeros there
-        index = self._index_of(first).expand(query.shape[0], -1, -1)
-        return self.refined.widen_query(query, self.refined.places(index, *query.shape[1:]))
+    def _index_of_rows(self, block_table: Tensor) -> Tensor:
+        """Refined channels ``[R, K, count]`` of rows that list the pages ``[R, P]``."""
+        rows, columns = block_table.shape
+        if not columns:
+            return self.refined.begin(rows, self._refined_index.shape[1], block_table.device)
+        return self._index_of(block_table[:, 0])
 
     def num_bytes(self) -> tuple[int, int]:
         """Bytes of one plain page and of one packed page."""

@@ -75,16 +75,12 @@ class RefinedChannels:
         """Append zeros to ``[..., D]``: plain keys have no rest."""
         return F.pad(keys, (0, self.count)) if self.count else keys
 
-    def places(self, index: Tensor, heads: int, dim: int) -> Tensor:
-        """Where the channels ``index [B, K, R]`` stand in a query ``[B, H, D]`` of so many heads: ``[B, H, R]``."""
-        rows = index.shape[0]
-        starts = torch.arange(0, rows * heads * dim, dim, device=index.device).view(rows, heads, 1)
-        return starts + index.repeat_interleave(heads // index.shape[1], 1)
-
-    def widen_query(self, query: Tensor, places: Tensor) -> Tensor:
-        """Repeat the channels of ``[B, H, D]`` that stand at ``places``."""
-        query = query.detach()
-        return torch.cat([query, query.take(places)], -1)
+    def widen_query(self, query: Tensor, index: Tensor) -> Tensor:
+        """Repeat the channels ``index [B, K, R]`` of ``[B, H, D]``."""
+        if not self.count:
+            return query
+        index = index.repeat_interleave(query.shape[1] // index.shape[1], 1)
+        return torch.cat([query, query.gather(-1, index)], -1)
 
     def fold(self, keys: Tensor, index: Tensor) -> Tensor:
         """Add the rests of ``[N, K, T, D + R]`` to their channels ``index [N, K, R]``: ``[N, K, T, D]``."""

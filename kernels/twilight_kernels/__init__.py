@@ -14,8 +14,8 @@ from .codec import (
     store_tokens,
     store_value_pages,
 )
-from .decode import decode_attention
-from .layout import KeyPages, PlainTokens, ValuePages
+from .decode import decode_attention, prepare_decode
+from .layout import DecodeCall, KeyPages, PlainTokens, ValuePages
 from .page_codec import KeyCodec, ValueCodec, key_token_bytes, packed_size, value_token_bytes
 from .prefill import attend_stripes, select_stripes
 from .prompt import prompt_attention
@@ -25,6 +25,7 @@ from .stripe_plan import StripePlan
 from .top_p import top_p_flags, top_p_threshold
 
 __all__ = [
+    "DecodeCall",
     "KeyCodec",
     "KeyPages",
     "PlainTokens",
@@ -47,6 +48,7 @@ __all__ = [
     "packed_size",
     "page_masses",
     "page_scores",
+    "prepare_decode",
     "prompt_attention",
     "release_threads",
     "select_stripes",

@@ -41,7 +41,8 @@ STATS = 47  # float64 [heads * q_per_kv, 5], or 0
 SCALING, P = 48, 49  # float64
 PLAIN_TABLE, PLAIN_COLUMNS, NUM_SINKS = 50, 51, 52  # 0 if plain tokens are not in pages
 STRIPS, NUM_STRIPS = 53, 54  # int32 [strips + 1]; 0 if every row is one of its own
-TILES, TILE_WORK, TILE_BYTES = 55, 56, 57  # configuration of the matrix tiles, their scratch, bytes of it a thread
+REFINED, NUM_REFINED = 55, 56  # int64 [heads, NUM_REFINED], or 0: channels that the last ones of a key hold rests of
+TILES, TILE_WORK, TILE_BYTES = 57, 58, 59  # configuration of the matrix tiles, their scratch, bytes of it a thread
 
 
 def new_block() -> np.ndarray:

@@ -18,6 +18,7 @@ from ._numba_block import (
     NEW_VALUE,
     NEW_VALUE_HEAD,
     NEW_VALUE_ROW,
+    NUM_REFINED,
     PLAIN_KEYS,
     PLAIN_LEN,
     PLAIN_LOGITS,
@@ -97,7 +98,10 @@ def _append(dtype, value_dim, block, head, column):
     row, kv_head = head // block[KV_HEADS], head % block[KV_HEADS]
     key_dim, capacity = block[KEY_DIM], block[CAPACITY]
     start = row * block[NEW_KEY_ROW] + kv_head * block[NEW_KEY_HEAD]
-    for d in range(key_dim):
+    given = key_dim - block[NUM_REFINED]
+    for d in range(given, key_dim):
+        write_number(dtype, block[PLAIN_KEYS], (head * key_dim + d) * capacity + column, np.float32(0))
+    for d in range(given):
         number = read_number(dtype, block[NEW_KEY], start + d)
         write_number(dtype, block[PLAIN_KEYS], (head * key_dim + d) * capacity + column, number)
     start = row * block[NEW_VALUE_ROW] + kv_head * block[NEW_VALUE_HEAD]

@@ -11,6 +11,7 @@ import ctypes
 import struct
 from functools import cache, lru_cache
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ from ._numba_score_amx import own_tiles, put_tiles, scores_on_tiles, tile_bytes
 from ._numba_shared_pages import AT_ONCE, query_size, score_shared_pages
 from ._numba_sparse import attend_kept, count_dense, prune
 from ._numba_window import attend_window
-from .layout import KeyPages, PlainTokens, ValuePages
+from .layout import DecodeCall, KeyPages, PlainTokens, ValuePages
 
 _TASK_TOKENS = 1024  # tokens scored by one task
 _GRAIN = 1 << 18  # key numbers that are worth a thread: waking one costs as much as 30 us of work
@@ -92,61 +93,136 @@ def decode_attention(
     plain_table: Tensor | None = None,
     num_sinks: int = 0,
     strips: Tensor | None = None,
+    refined: Tensor | None = None,
 ) -> Tensor:
     """See ``_reference.decode_attention``."""
-    rows, heads, key_dim = query.shape
-    query, table = last_contiguous(query), block_table.contiguous()
-    num_pages, plain_len = num_pages.contiguous(), plain_len.contiguous()
-    out = torch.empty(rows, heads, plain.values.shape[3], dtype=query.dtype)
-    columns, listed = table.shape[1], (0, 0, 0)
+    values, paged = plain.values.shape, (0, 0, 0)
+    if plain_table is not None:
+        plain_table = plain_table.contiguous()
+        paged = plain_table.data_ptr(), plain_table.shape[1], num_sinks
+        values = torch.Size((query.shape[0], values[1], plain_table.shape[1] * values[2], values[3]))
+    listed = (0, 0, 0)
     if candidates is not None:
         candidates = candidates.contiguous()
         listed = candidates.data_ptr(), candidates.shape[2], 0
         if candidate_tokens is not None:
             candidate_tokens = candidate_tokens.contiguous()
             listed = candidates.data_ptr(), candidates.shape[2], candidate_tokens.data_ptr()
-    appended = (0,) * 6
-    if new_key is not None and new_value is not None:
-        new_key, new_value = last_contiguous(new_key), last_contiguous(new_value)
-        appended = (
-            new_key.data_ptr(), new_key.stride(0), new_key.stride(1),
-            new_value.data_ptr(), new_value.stride(0), new_value.stride(1),
-        )  # fmt: skip
-    key_codec, value_codec = key_pages.codec, value_pages.codec
-    dtype = RAW_KIND[query.dtype]
-    size = max(columns, listed[1], 1), torch.get_num_threads()
-    values, paged = plain.values.shape, (0, 0, 0)
-    if plain_table is not None:
-        plain_table = plain_table.contiguous()
-        paged = plain_table.data_ptr(), plain_table.shape[1], num_sinks
-        values = torch.Size((rows, values[1], plain_table.shape[1] * values[2], values[3]))
     listed_strips = (0, 0)
     if strips is not None:
         strips = strips.contiguous()
         listed_strips = strips.data_ptr(), strips.shape[0] - 1
-    shape = rows, heads, key_dim, values
-    num_bytes = _work_bytes(*shape, *size, key_codec.page_size)
-    block, address, worker, threads, done = _prepared(
-        *shape, *size, scratch(num_bytes), dtype,
-        dtype if key_codec.is_raw else key_codec.bits, dtype if value_codec.is_raw else value_codec.bits,
-        key_codec.page_size, value_codec.group_size,
-        key_pages.codes.data_ptr(), key_pages.lo.data_ptr(), key_pages.step.data_ptr(),
-        value_pages.codes.data_ptr(), value_pages.lo.data_ptr(), value_pages.step.data_ptr(),
-        plain.keys.data_ptr(), plain.values.data_ptr(),
-    )  # fmt: skip
-    _TICKETS.pack_into(block, 0, 0, 0)
-    _STEP.pack_into(
-        block, 8 * QUERY, query.data_ptr(), query.stride(0), query.stride(1), out.data_ptr(),
-        table.data_ptr(), columns, num_pages.data_ptr(), plain_len.data_ptr(), *appended, *listed,
-        min_keep, min_sparse_len, 0 if stats is None else stats.data_ptr(), scaling, p, *paged, *listed_strips,
-    )  # fmt: skip
-    ctypes.memset(done, 0, 8 * rows * values[1])
-    run(worker, address, threads)
-    return out
+    settings = *listed, min_keep, min_sparse_len, _address(stats), scaling, p, *paged, *listed_strips
+    launch = _Launch(key_pages, value_pages, plain, query.shape[1], values, refined, settings)
+    return launch(query, new_key, new_value, block_table, num_pages, plain_len, listed[1])
+
+
+def prepare_decode(
+    key_pages: KeyPages,
+    value_pages: ValuePages,
+    plain: PlainTokens,
+    *,
+    heads: int,
+    scaling: float,
+    p: float = 1.0,
+    min_keep: int = 0,
+    min_sparse_len: int = 0,
+    stats: Tensor | None = None,
+    refined: Tensor | None = None,
+) -> DecodeCall:
+    """See ``_reference.prepare_decode``."""
+    settings = 0, 0, 0, min_keep, min_sparse_len, _address(stats), scaling, p, 0, 0, 0, 0, 0
+    return _Launch(key_pages, value_pages, plain, heads, plain.values.shape, refined, settings, stats)
 
 
 _TICKETS = struct.Struct("=2q")  # of `run`, at the start of a block
-_STEP = struct.Struct("=20q2d5q")  # what changes from step to step, from QUERY on
+_STEP = struct.Struct("=20q2d7q")  # what changes from step to step, from QUERY on
+
+
+class _Launch:
+    """Runs the worker over the same tensors, which it keeps, step after step.
+
+    Args:
+        heads: query heads.
+        values: ``[rows, KV heads, plain columns, value dim]``.
+        settings: numbers of the block from CANDIDATES to NUM_STRIPS.
+        stats: what else must stay as long as this does.
+    """
+
+    def __init__(
+        self,
+        key_pages: KeyPages,
+        value_pages: ValuePages,
+        plain: PlainTokens,
+        heads: int,
+        values: torch.Size,
+        refined: Tensor | None,
+        settings: tuple[float, ...],
+        stats: Tensor | None = None,
+    ) -> None:
+        refined = None if refined is None else refined.contiguous()
+        self._pages, self._kept = (key_pages, value_pages, plain), (refined, stats)
+        self._shape = values[0], heads, key_pages.form[2], values
+        self._page_size, self._dtype = key_pages.codec.page_size, plain.keys.dtype
+        self._settings = *settings, *((0, 0) if refined is None else (refined.data_ptr(), refined.shape[2]))
+        self._size: tuple[int, int] | None = None
+        self._work = 0
+
+    def __call__(
+        self,
+        query: Tensor,
+        new_key: Tensor | None,
+        new_value: Tensor | None,
+        block_table: Tensor,
+        num_pages: Tensor,
+        plain_len: Tensor,
+        candidates: int = 0,
+    ) -> Tensor:
+        columns = block_table.shape[1]
+        size = max(columns, candidates, 1), torch.get_num_threads()
+        if size != self._size:
+            self._size, self._work = size, 0
+            self._num_bytes = _work_bytes(*self._shape, *size, self._page_size)
+        work = scratch(self._num_bytes)
+        if work != self._work:
+            self._work, self._prepared = work, self._prepare(work)
+        block, address, worker, threads, done, done_bytes = self._prepared
+        query, block_table = last_contiguous(query), block_table.contiguous()
+        num_pages, plain_len = num_pages.contiguous(), plain_len.contiguous()
+        rows, heads, _, values = self._shape
+        out = torch.empty(rows, heads, values[3], dtype=self._dtype)
+        appended = (0,) * 6
+        if new_key is not None and new_value is not None:
+            new_key, new_value = last_contiguous(new_key), last_contiguous(new_value)
+            appended = (
+                new_key.data_ptr(), new_key.stride(0), new_key.stride(1),
+                new_value.data_ptr(), new_value.stride(0), new_value.stride(1),
+            )  # fmt: skip
+        _TICKETS.pack_into(block, 0, 0, 0)
+        _STEP.pack_into(
+            block, 8 * QUERY, query.data_ptr(), query.stride(0), query.stride(1), out.data_ptr(),
+            block_table.data_ptr(), columns, num_pages.data_ptr(), plain_len.data_ptr(), *appended, *self._settings,
+        )  # fmt: skip
+        ctypes.memset(done, 0, done_bytes)
+        run(worker, address, threads)
+        return out
+
+    def _prepare(self, work: int) -> tuple[Any, ...]:
+        assert self._size is not None
+        key_pages, value_pages, plain = self._pages
+        dtype, key_codec, value_codec = RAW_KIND[self._dtype], key_pages.codec, value_pages.codec
+        return _prepared(
+            *self._shape, *self._size, work, dtype,
+            dtype if key_codec.is_raw else key_codec.bits, dtype if value_codec.is_raw else value_codec.bits,
+            key_codec.page_size, value_codec.group_size,
+            key_pages.codes.data_ptr(), key_pages.lo.data_ptr(), key_pages.step.data_ptr(),
+            value_pages.codes.data_ptr(), value_pages.lo.data_ptr(), value_pages.step.data_ptr(),
+            plain.keys.data_ptr(), plain.values.data_ptr(),
+        )  # fmt: skip
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 @lru_cache(maxsize=1024)
@@ -184,8 +260,8 @@ def _chunks(columns: int, page_size: int) -> int:
 def _prepared(
     rows: int, heads: int, key_dim: int, values: torch.Size, columns: int, threads: int, work: int,
     dtype: int, key_kind: int, value_kind: int, page_size: int, group_size: int, *storage: int,
-) -> tuple[ctypes.Array[ctypes.c_char], int, int, int, int]:  # fmt: skip
-    """What stays as it is while no tensor moves: the block and its address, its worker, threads, done counters.
+) -> tuple[ctypes.Array[ctypes.c_char], int, int, int, int, int]:  # fmt: skip
+    """What stays as it is while no tensor moves: the block and its address, its worker, threads, done counters, bytes.
 
     The block belongs to the calling thread, as ``work``, that thread's scratch, does.
     """
@@ -208,7 +284,7 @@ def _prepared(
     )
     worth = -(-rows * kv_heads * (columns * page_size + capacity) * key_dim // _GRAIN)
     buffer = ctypes.create_string_buffer(block.tobytes(), block.nbytes)
-    return buffer, ctypes.addressof(buffer), worker, min(rows * kv_heads * chunks, worth), done
+    return buffer, ctypes.addressof(buffer), worker, min(rows * kv_heads * chunks, worth), done, 8 * rows * kv_heads
 
 
 @cache

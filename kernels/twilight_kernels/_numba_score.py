@@ -26,12 +26,14 @@ from ._numba_block import (
     KEY_STEP,
     KV_HEADS,
     LOGITS,
+    NUM_REFINED,
     PAGE_SIZE,
     Q_PER_KV,
     QUERY,
     QUERY_HEAD,
     QUERY_KIND,
     QUERY_ROW,
+    REFINED,
     ROWS,
     SCALING,
     TOKENS,
@@ -53,6 +55,7 @@ from ._numba_numbers import (
     fast,
     fetch_add,
     half_to_float,
+    i64_at,
     inlined,
     item_bytes,
     read_row,
@@ -223,13 +226,16 @@ def read_bounds(block, page, bounds, tokens):
 def fold_query(dtype, q_per_kv, block, head, scratch, width):
     """Put the scaled float32 queries of this head into the scratch, ``width`` numbers each."""
     row, kv_head, key_dim = head // block[KV_HEADS], head % block[KV_HEADS], block[KEY_DIM]
-    scaling = np.float32(float_field(block, SCALING))
+    scaling, count = np.float32(float_field(block, SCALING)), block[NUM_REFINED]
+    refined, given = carray(i64_at(block[REFINED] + 8 * head * count), (count,)), key_dim - count
     for g in range(q_per_kv):
         start = row * block[QUERY_ROW] + (kv_head * q_per_kv + g) * block[QUERY_HEAD]
         target = scratch[g * width : g * width + key_dim]
-        read_row(dtype, block[QUERY] + start * item_bytes(dtype), key_dim, target)
-        for d in range(key_dim):
+        read_row(dtype, block[QUERY] + start * item_bytes(dtype), given, target)
+        for d in range(given):
             target[d] *= scaling
+        for r in range(count):
+            target[given + r] = target[refined[r]]
 
 
 @fast

@@ -8,8 +8,11 @@ Letters: B requests, H query heads, K KV heads, D head dim, P pages, N candidate
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._reference_codec import largest_magnitudes as largest_magnitudes
@@ -27,7 +30,7 @@ from ._reference_score import channel_logits as channel_logits
 from ._reference_score import key_logits as key_logits
 from ._reference_score import page_masses as page_masses
 from ._reference_score import page_scores as page_scores
-from .layout import COLUMN_MULTIPLE, KeyPages, PlainTokens, ValuePages
+from .layout import COLUMN_MULTIPLE, DecodeCall, KeyPages, PlainTokens, ValuePages
 
 
 def top_p_threshold(logits: Tensor, p: float, *, forced_lse: Tensor | None = None, min_keep: int = 0) -> Tensor:
@@ -81,8 +84,11 @@ def decode_attention(
     plain_table: Tensor | None = None,
     num_sinks: int = 0,
     strips: Tensor | None = None,
+    refined: Tensor | None = None,
 ) -> Tensor:
     """See ``decode.decode_attention``."""
+    if refined is not None:
+        query, new_key = widened(query, new_key, refined)
     rows, heads, _ = query.shape
     kv_heads, page_size = plain.keys.shape[1], key_pages.codec.page_size
     if new_key is not None and new_value is not None:
@@ -129,6 +135,47 @@ def decode_attention(
                 block[:, 3] += (torch.logsumexp(logits, -1) - total).exp()
                 block[:, 4] += packed.shape[-1]
     return out
+
+
+def prepare_decode(
+    key_pages: KeyPages,
+    value_pages: ValuePages,
+    plain: PlainTokens,
+    *,
+    heads: int,
+    scaling: float,
+    p: float = 1.0,
+    min_keep: int = 0,
+    min_sparse_len: int = 0,
+    stats: Tensor | None = None,
+    refined: Tensor | None = None,
+) -> DecodeCall:
+    """See ``decode.prepare_decode``."""
+    return decode_call(decode_attention, (key_pages, value_pages, plain), {
+        "scaling": scaling, "p": p, "min_keep": min_keep, "min_sparse_len": min_sparse_len, "stats": stats,
+        "refined": refined,
+    })  # fmt: skip
+
+
+def decode_call(attention: Callable[..., Tensor], pages: tuple[Any, ...], options: dict[str, Any]) -> DecodeCall:
+    """Return the step of ``prepare_decode`` where there is nothing to prepare."""
+
+    def step(
+        query: Tensor, new_key: Tensor, new_value: Tensor, block_table: Tensor, num_pages: Tensor, plain_len: Tensor
+    ) -> Tensor:
+        return attention(
+            query, *pages, block_table=block_table, num_pages=num_pages, plain_len=plain_len, new_key=new_key,
+            new_value=new_value, **options,
+        )  # fmt: skip
+
+    return step
+
+
+def widened(query: Tensor, new_key: Tensor | None, refined: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Repeat the channels ``refined [B, K, R]`` of queries ``[B, H, D]``; give keys ``[B, K, D]`` as many zeros."""
+    index = refined.repeat_interleave(query.shape[1] // refined.shape[1], 1)
+    query = torch.cat([query, query.gather(-1, index)], -1)
+    return query, None if new_key is None else F.pad(new_key, (0, refined.shape[-1]))
 
 
 def prompt_attention(

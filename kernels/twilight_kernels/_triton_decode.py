@@ -23,6 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ._reference import decode_call, widened
 from ._triton_attend import RUN, kept_kernel, plain_kernel
 from ._triton_keys import score_launch, score_shape
 from ._triton_logits import logits_kernel
@@ -40,7 +41,7 @@ from ._triton_tiles import (
     warps_for,
 )
 from ._triton_values import value_launch, value_shape
-from .layout import KeyPages, PlainTokens, ValuePages
+from .layout import DecodeCall, KeyPages, PlainTokens, ValuePages
 
 
 def decode_attention(
@@ -64,8 +65,11 @@ def decode_attention(
     plain_table: Tensor | None = None,
     num_sinks: int = 0,
     strips: Tensor | None = None,
+    refined: Tensor | None = None,
 ) -> Tensor:
     """See ``_reference.decode_attention``; ``strips`` say what may be shared, and each row reads for itself here."""
+    if refined is not None:
+        query, new_key = widened(query, new_key, refined)
     query, num_pages = last_contiguous(query), num_pages.contiguous()
     block_table = block_table.contiguous()
     rows, heads, _ = query.shape
@@ -89,6 +93,26 @@ def decode_attention(
             SLOTS=power_of_two(slots), TILE=SLOT_TILE, LISTED=LISTED_TILE, **_splits(key_pages), num_warps=4,
         )  # fmt: skip
     return out
+
+
+def prepare_decode(
+    key_pages: KeyPages,
+    value_pages: ValuePages,
+    plain: PlainTokens,
+    *,
+    heads: int,
+    scaling: float,
+    p: float = 1.0,
+    min_keep: int = 0,
+    min_sparse_len: int = 0,
+    stats: Tensor | None = None,
+    refined: Tensor | None = None,
+) -> DecodeCall:
+    """See ``_reference.prepare_decode``."""
+    return decode_call(decode_attention, (key_pages, value_pages, plain), {
+        "scaling": scaling, "p": p, "min_keep": min_keep, "min_sparse_len": min_sparse_len, "stats": stats,
+        "refined": refined,
+    })  # fmt: skip
 
 
 def _attend_plain(

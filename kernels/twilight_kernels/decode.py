@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._backend import kernels
-from .layout import KeyPages, PlainTokens, ValuePages
+from .layout import DecodeCall, KeyPages, PlainTokens, ValuePages
 from .page_codec import RAW_BITS
 from .score import check_tables
 
@@ -32,6 +32,7 @@ def decode_attention(
     plain_table: Tensor | None = None,
     num_sinks: int = 0,
     strips: Tensor | None = None,
+    refined: Tensor | None = None,
 ) -> Tensor:
     """Attend one query token a row to its plain tokens and to the packed tokens that carry the mass.
 
@@ -65,6 +66,9 @@ def decode_attention(
         strips: ``[S + 1]`` int32, ascending, the rows at which strips begin, and the end. Rows of a strip list the
             same pages, as far as each goes: a page is then unpacked once for up to 16 of them. The output is the
             same to the bit. Not with ``candidates``.
+        refined: ``[B, K, R]`` int64, below D: keys that are stored, packed or plain, have ``D + R`` channels, of
+            which the last are rests of these, see ``write_rests``; ``query`` and ``new_key`` have D. Numbers are not
+            looked at.
     Returns:
         ``[B, H, Dv]`` in the query's dtype.
     Raises:
@@ -73,7 +77,9 @@ def decode_attention(
     Source: Twilight, arXiv 2502.02770, section 4. Reference: ``_reference.decode_attention``.
     """
     check_share(p, min_keep)
-    check_pages(query, key_pages, value_pages, plain, in_pages=plain_table is not None)
+    count = 0 if refined is None else _check_refined(query.shape[0], plain.form[1], refined)
+    in_pages = plain_table is not None
+    check_pages(query.shape, query.dtype, key_pages, value_pages, plain, in_pages=in_pages, refined=count)
     if plain_table is not None and (
         plain_table.dim() != 2 or plain_table.shape[0] != query.shape[0] or plain_table.dtype != torch.int32
         or not plain_table.shape[1]
@@ -89,7 +95,7 @@ def decode_attention(
     if new_key is not None or new_value is not None:
         if plain_table is not None:
             raise ValueError("new_key must be None with a plain_table; write the tokens into their pages first")
-        _check_new(new_key, new_value, plain)
+        _check_new(new_key, new_value, plain, count)
     if candidates is not None or candidate_tokens is not None:
         _check_candidates(query.shape[0], plain.form[1], candidates, candidate_tokens, key_pages.codec.page_size)
     if stats is not None:
@@ -100,9 +106,65 @@ def decode_attention(
         query, key_pages, value_pages, plain, block_table=block_table, num_pages=num_pages,
         plain_len=plain_len, scaling=scaling, new_key=new_key, new_value=new_value, p=p, min_keep=min_keep,
         min_sparse_len=min_sparse_len, candidates=candidates, candidate_tokens=candidate_tokens, stats=stats,
-        plain_table=plain_table, num_sinks=num_sinks, strips=strips,
+        plain_table=plain_table, num_sinks=num_sinks, strips=strips, refined=refined,
     )  # fmt: skip
     return out
+
+
+def prepare_decode(
+    key_pages: KeyPages,
+    value_pages: ValuePages,
+    plain: PlainTokens,
+    *,
+    heads: int,
+    scaling: float,
+    p: float = 1.0,
+    min_keep: int = 0,
+    min_sparse_len: int = 0,
+    stats: Tensor | None = None,
+    refined: Tensor | None = None,
+) -> DecodeCall:
+    """Check once what stays the same from step to step of ``decode_attention``, and work out what follows from it.
+
+    Args:
+        key_pages, value_pages, plain: the layer's tensors; what is returned holds for them alone.
+        heads: query heads, H.
+        scaling, p, min_keep, min_sparse_len, stats, refined: see ``decode_attention``.
+    Returns:
+        A function of ``query, new_key, new_value, block_table, num_pages, plain_len`` that is ``decode_attention``.
+    Raises:
+        ValueError: as ``decode_attention``; the function, too, for other shapes or dtypes.
+    Source: plan and run of FlashInfer, arXiv 2501.01005, section 3.4. Reference: ``_reference.prepare_decode``.
+    """
+    check_share(p, min_keep)
+    rows, kv_heads, key_dim, value_dim = plain.form
+    dtype, count = plain.keys.dtype, 0 if refined is None else _check_refined(rows, kv_heads, refined)
+    shape = torch.Size((rows, heads, key_dim - count))
+    check_pages(shape, dtype, key_pages, value_pages, plain, in_pages=False, refined=count)
+    if stats is not None:
+        check_stats(shape, stats)
+    call: DecodeCall = kernels("decode", plain.keys, dtype).prepare_decode(
+        key_pages, value_pages, plain, heads=heads, scaling=scaling, p=p, min_keep=min_keep,
+        min_sparse_len=min_sparse_len, stats=stats, refined=refined,
+    )  # fmt: skip
+    rows_only = torch.Size((rows,))
+    taken = (
+        shape, torch.Size((rows, kv_heads, key_dim - count)), torch.Size((rows, kv_heads, value_dim)), rows_only,
+        rows_only, dtype,
+    )  # fmt: skip
+
+    def step(
+        query: Tensor, new_key: Tensor, new_value: Tensor, block_table: Tensor, num_pages: Tensor, plain_len: Tensor
+    ) -> Tensor:
+        given = query.shape, new_key.shape, new_value.shape, num_pages.shape, plain_len.shape, query.dtype
+        if given != taken or block_table.dtype != torch.int32:
+            raise ValueError(
+                f"query, new_key, new_value, num_pages, plain_len and the dtype must be what the step was prepared "
+                f"for, {taken}, and block_table int32, got {given} and {block_table.dtype}"
+            )
+        return call(query, new_key, new_value, block_table, num_pages, plain_len)
+
+    return step
 
 
 def check_share(p: float, min_keep: int) -> None:
@@ -114,10 +176,19 @@ def check_share(p: float, min_keep: int) -> None:
 
 
 def check_pages(
-    query: Tensor, key_pages: KeyPages, value_pages: ValuePages, plain: PlainTokens, *, in_pages: bool
+    shape: torch.Size,
+    dtype: torch.dtype,
+    key_pages: KeyPages,
+    value_pages: ValuePages,
+    plain: PlainTokens,
+    *,
+    in_pages: bool,
+    refined: int = 0,
 ) -> None:
-    """Raise ValueError unless queries, pages and plain tokens, a row each or ``in_pages``, fit one another."""
-    shape, dtype = query.shape, query.dtype
+    """Raise ValueError unless queries of that shape, pages and plain tokens, a row each or ``in_pages``, fit.
+
+    Keys have ``refined`` channels more than queries.
+    """
     rows, kv_heads, key_dim, value_dim = plain.form
     if in_pages:
         rows = shape[0]
@@ -125,10 +196,10 @@ def check_pages(
             raise ValueError(
                 f"plain pages must hold {key_pages.codec.page_size} tokens like the key pages, got {plain.capacity}"
             )
-    is_fitting = len(shape) == 3 and shape[0] == rows and shape[1] % kv_heads == 0 and shape[2] == key_dim
+    is_fitting = len(shape) == 3 and shape[0] == rows and shape[1] % kv_heads == 0 and shape[2] + refined == key_dim
     if not is_fitting or dtype != plain.keys.dtype:
         raise ValueError(
-            f"query must be [{rows}, H, {key_dim}] of {plain.keys.dtype} like the plain tokens, H a multiple "
+            f"query must be [{rows}, H, {key_dim - refined}] of {plain.keys.dtype} like the plain tokens, H a multiple "
             f"of {kv_heads} KV heads, got {list(shape)} {dtype}"
         )
     form = key_pages.form
@@ -144,11 +215,18 @@ def check_pages(
             raise ValueError(f"raw {name} pages must be of the query's dtype, {dtype}, got {pages.codes.dtype}")
 
 
-def _check_new(new_key: Tensor | None, new_value: Tensor | None, plain: PlainTokens) -> None:
+def _check_refined(rows: int, kv_heads: int, refined: Tensor) -> int:
+    """Return how many channels are refined."""
+    if refined.dim() != 3 or refined.shape[:2] != (rows, kv_heads) or refined.dtype != torch.int64:
+        raise ValueError(f"refined must be [{rows}, {kv_heads}, R] int64, got {list(refined.shape)} {refined.dtype}")
+    return refined.shape[2]
+
+
+def _check_new(new_key: Tensor | None, new_value: Tensor | None, plain: PlainTokens, refined: int) -> None:
     if new_key is None or new_value is None:
         raise ValueError("new_key and new_value must be given together, got only one; pass both or neither")
     rows, kv_heads, key_dim, value_dim = plain.form
-    for name, x, dim in (("new_key", new_key, key_dim), ("new_value", new_value, value_dim)):
+    for name, x, dim in (("new_key", new_key, key_dim - refined), ("new_value", new_value, value_dim)):
         if x.shape != (rows, kv_heads, dim) or x.dtype != plain.keys.dtype:
             raise ValueError(
                 f"{name} must be {[rows, kv_heads, dim]} of {plain.keys.dtype}, got {list(x.shape)} {x.dtype}"

@@ -9,8 +9,10 @@ Source: page bounds from the key scales, Quest (arXiv 2406.10774, section 3.2).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from torch import Tensor
 from .page_codec import KeyCodec, ValueCodec, check_head_dim, packed_size
 
 COLUMN_MULTIPLE = 16  # plain columns are read in vectors of that many tokens
+# query, new key, new value, block table, number of pages, number of plain tokens to output: see decode.prepare_decode
+DecodeCall: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)

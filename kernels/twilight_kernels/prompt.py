@@ -57,7 +57,7 @@ def prompt_attention(
     """
     size = key_pages.codec.page_size
     check_share(p, min_keep)
-    check_pages(query, key_pages, value_pages, plain, in_pages=True)
+    check_pages(query.shape, query.dtype, key_pages, value_pages, plain, in_pages=True)
     _check_place(start, num_sinks, window, scaling)
     first, last = (max(0, (at - num_sinks - window) // size) for at in (start, start + len(query) - 1))
     tokens = max(0, start + len(query) - num_sinks)

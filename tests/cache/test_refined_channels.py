@@ -47,7 +47,7 @@ def _feed(store: LayerStore, keys: Tensor, values: Tensor, sizes: list[int]) -> 
 def test_widened_queries_and_keys_have_the_logits_they_had(channels: Any) -> None:
     refined, keys = RefinedChannels(channels), _tokens()[0]
     query, index = torch.randn(1, K * G, D), refined.choose(keys[:, :, :SIZE])
-    wide_keys, wide_query = refined.widen(keys), refined.widen_query(query, refined.places(index, K * G, D))
+    wide_keys, wide_query = refined.widen(keys), refined.widen_query(query, index)
     assert wide_keys.shape[-1] == wide_query.shape[-1] == D + 8
     assert torch.equal(refined.fold(wide_keys, index), keys)
     rests = torch.randn(1, K, 120, 8)
@@ -55,8 +55,8 @@ def test_widened_queries_and_keys_have_the_logits_they_had(channels: Any) -> Non
     logits = torch.einsum("kgd,ksd->kgs", wide_query[0].unflatten(0, (K, G)), stored[0])
     expected = torch.einsum("kgd,ksd->kgs", query[0].unflatten(0, (K, G)), refined.fold(stored, index)[0])
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
-    rows = refined.places(index.expand(3, -1, -1), K * G, D)
-    assert torch.equal(refined.widen_query(query.expand(3, -1, -1), rows), wide_query.expand(3, -1, -1))
+    rows = refined.widen_query(query.expand(3, -1, -1), index.expand(3, -1, -1))
+    assert torch.equal(rows, wide_query.expand(3, -1, -1))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
