@@ -90,9 +90,9 @@ class TwilightCache(DynamicCache):
 
         That is only done on CPUs: what it spares is memory that their allocator does not find again.
         """
-        layer, rows = self.layers[layer_idx], key_states.shape[0]
+        layer = self.layers[layer_idx]
         is_next = isinstance(layer, TwilightLayer) and not layer.is_initialized and layer.room is None
-        if is_next and rows == self.sequences.batch_size and key_states.device.type == "cpu":
+        if is_next and key_states.shape[0] == self.sequences.batch_size and key_states.device.type == "cpu":
             for other in self.twilight_layers:
                 other.make_room(key_states, value_states)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)

@@ -116,7 +116,8 @@ class TwilightLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
-        self.commit(None)
+        if self._pending is not None:
+            self.commit(None)
         start = self.tokens
         self._pending = (key_states, value_states, start)
         self.tokens += key_states.shape[-2]
@@ -240,8 +241,9 @@ class TwilightLayer(CacheLayerMixin):
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
         """Raise ValueError unless the tensors continue what is stored and can be packed."""
+        batch, heads, count, key_dim = keys.shape
         stored = (self.num_heads, self.key_dim, self.value_dim, self.dtype, self.device)
-        given = (keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device)
+        given = (heads, key_dim, values.shape[3], keys.dtype, keys.device)
         if stored != given:
             names = ("KV heads", "key dim", "value dim", "dtype", "device")
             told = ", ".join(f"{n} {a} and got {b}" for n, a, b in zip(names, stored, given, strict=True) if a != b)
@@ -250,12 +252,12 @@ class TwilightLayer(CacheLayerMixin):
                 "use a new TwilightCache for another model, dtype or device"
             )
         rows = self.sequences.batch_size
-        if rows and keys.shape[0] != rows:
+        if rows and batch != rows:
             raise ValueError(
-                f"this cache holds {rows} sequences, got a batch of {keys.shape[0]}; use a new cache, or change its "
+                f"this cache holds {rows} sequences, got a batch of {batch}; use a new cache, or change its "
                 "rows with batch_select_indices or batch_repeat_interleave"
             )
-        if keys.shape[2] > 1:  # a single token is looked at when its page is packed
+        if count > 1:  # a single token is looked at when its page is packed
             self._check_range(keys, values)
 
     def _check_range(self, keys: Tensor, values: Tensor) -> None:
