@@ -1,4 +1,4 @@
-"""What every command begins and ends with: logging, threads, seed, one-line errors and exit codes."""
+"""What every command begins and ends with: allocator, logging, threads, seed, one-line errors and exit codes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import typer
 
+from .heap import keep_large_blocks
 from .tables import side_output
 
 EXIT_ERROR = 2
@@ -24,7 +25,7 @@ USER_ERRORS = (ValueError, TypeError, OSError, ImportError, MemoryError, Arithme
 def session(
     *, verbose: int = 0, quiet: bool = False, seed: int | None = None, threads: int | None = None
 ) -> Iterator[None]:
-    """Run a command: set logging, threads and seed; turn errors into one line and an exit status.
+    """Run a command: set allocator, logging, threads and seed; turn errors into one line and an exit status.
 
     Args:
         verbose: 1 logs what is done, 2 adds details and tracebacks.
@@ -34,6 +35,7 @@ def session(
     Raises:
         typer.Exit: status 2 after an error, 130 after Ctrl-C.
     """
+    keep_large_blocks()
     try:
         with _logging(verbose, quiet):
             if threads is not None or seed is not None:
