@@ -112,7 +112,7 @@ class LayerStore(LayerTensors):
         policy, tables = self.policy, step.tables(query.device)
         stats = self.decodes.begin(query, selection, tables[1], -(-policy.min_sparse_len // self.key_codec.page_size))
         if selection is None and new_key is not None and new_value is not None:
-            return self._step_of(query.shape[1], scaling, stats)(query, new_key, new_value, *tables)
+            return self.prepared(query.shape[1], scaling, stats)(query, new_key, new_value, *tables)
         assert isinstance(self.keys, KeyPages) and isinstance(self.values, ValuePages) and self.plain is not None
         block_table, num_pages, plain_len = tables
         return decode_attention(
@@ -135,8 +135,8 @@ class LayerStore(LayerTensors):
             refined=self.refined_index,
         )
 
-    def _step_of(self, heads: int, scaling: float, stats: Tensor) -> DecodeCall:
-        """Return the step prepared for the tensors as they are; looked up thirty times a token."""
+    def prepared(self, heads: int, scaling: float, stats: Tensor) -> DecodeCall:
+        """Return a step of ``heads`` query heads over the tensors as they are, prepared once as long as none moves."""
         tensors, made = (self.keys, self.values, self.plain, self.refined_index, stats), self._decode_call
         if made is not None and all(map(is_, made[0], tensors)) and made[1] == (heads, scaling):
             return made[2]

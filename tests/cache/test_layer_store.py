@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -444,3 +445,31 @@ def test_tensors_of_one_autograd_mode_serve_in_another(mode: type) -> None:
 def _feed_one(store: LayerStore, keys: Tensor, values: Tensor, at: int) -> None:
     step = store.sequences.begin(at, 1, B)
     store.append(step, keys[:, :, at : at + 1], values[:, :, at : at + 1])
+
+
+def test_prepared_steps_follow_the_tensors_where_they_go() -> None:
+    """Copies, reordered rows and pools that grew: each store decodes from what it holds now, to the bit."""
+    keys, values = _tokens()
+    query = torch.randn(B, 2 * K, D, generator=torch.Generator().manual_seed(5))
+
+    def decoded(store: LayerStore, at: int, order: Sequence[int] = range(B)) -> Tensor:
+        rows = list(order)
+        step = store.sequences.begin(store.tokens, 1, B)
+        return store.decode(step, query, keys[rows, :, at : at + 1], values[rows, :, at : at + 1], 0.3)
+
+    def fresh(at: int, order: Sequence[int] = range(B)) -> Tensor:
+        store, rows = _store(), list(order)
+        _feed(store, keys[rows, :, :at], values[rows, :, :at], [at])
+        return decoded(store, at, order)
+
+    store = _store()
+    _feed(store, keys[:, :, :60], values[:, :, :60], [60])
+    assert torch.equal(decoded(store, 60), fresh(60))
+    twin = copy.deepcopy(store)
+    assert torch.equal(decoded(twin, 61), fresh(61))
+    assert torch.equal(decoded(store, 61), fresh(61))
+    twin.sequences.select_rows([2, 0, 1])
+    twin.select_rows(torch.tensor([2, 0, 1]))
+    assert torch.equal(decoded(twin, 62, [2, 0, 1]), fresh(62, [2, 0, 1]))
+    _feed(store, keys[:, :, 62:165], values[:, :, 62:165], [103])  # more pages than there was room for
+    assert torch.equal(decoded(store, 165), fresh(165))

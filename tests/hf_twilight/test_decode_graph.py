@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import CompileConfig, LlamaForCausalLM, StaticCache
 
-import twilight_cache.layer_store
 from hf_twilight import TwilightCache, TwilightConfig, decode_graph
 from hf_twilight.config import as_config
 from hf_twilight.decode_graph import DecodeGraph, refusal
+from twilight_cache import LayerStore
 
 SMALL: dict[str, Any] = {"page_size": 16, "window": 16, "num_sinks": 4, "min_sparse_len": 32, "dense_layers": (0,)}
 PACKED = TwilightConfig.preset("balanced", p=0.8, **SMALL)
@@ -37,15 +37,15 @@ class _Tape(TorchDispatchMode):
         self.played.append((func, args, kwargs or {}, out))
         return out
 
-    def kernel(self, func: Any) -> Any:
-        """Record a call of a kernel, which numba or Triton runs, as one operation."""
+    def kernel(self, func: Any, stats: Tensor) -> Any:
+        """Record a call of a kernel, which numba or Triton runs and which adds to ``stats``, as one operation."""
 
-        def recorded(*args: Any, **kwargs: Any) -> Any:
+        def recorded(*args: Any) -> Any:
             with _disable_current_modes():
-                before = kwargs["stats"].clone()
-                out = func(*args, **kwargs)
-                kwargs["stats"].copy_(before)  # a GPU computes nothing while it captures
-            self.played.append((func, args, kwargs, out))
+                before = stats.clone()
+                out = func(*args)
+                stats.copy_(before)  # a GPU computes nothing while it captures
+            self.played.append((func, args, {}, out))
             return out
 
         return recorded
@@ -68,9 +68,13 @@ def taped(monkeypatch: pytest.MonkeyPatch) -> Callable[[DecodeGraph], None]:
     """Give a ``DecodeGraph`` tapes for graphs."""
 
     def capture(forward: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        tape, kernel = _Tape(), twilight_cache.layer_store.decode_attention
+        tape, prepared = _Tape(), LayerStore.prepared
+
+        def recording(store: LayerStore, heads: int, scaling: float, stats: Tensor) -> Any:
+            return tape.kernel(prepared(store, heads, scaling, stats), stats)
+
         with monkeypatch.context() as patch, tape:
-            patch.setattr(twilight_cache.layer_store, "decode_attention", tape.kernel(kernel))
+            patch.setattr(LayerStore, "prepared", recording)
             logits = forward()
         return tape.replay, logits
 
@@ -286,13 +290,11 @@ def test_a_step_that_cannot_be_captured_is_taken_all_the_same(
 ) -> None:
     def refuse(graph: DecodeGraph) -> None:
         def capture(forward: Callable[[], Tensor]) -> Any:
-            kernel = twilight_cache.layer_store.decode_attention
             with pytest.MonkeyPatch.context() as patch:
                 # the first layer is captured, the second waits for the host
-                calls = iter((lambda query, *_, **__: torch.zeros_like(query), _synchronize))
-                patch.setattr(twilight_cache.layer_store, "decode_attention", lambda *a, **k: next(calls)(*a, **k))
+                calls = iter((lambda query, *_: torch.zeros_like(query), _synchronize))
+                patch.setattr(LayerStore, "prepared", lambda *_: next(calls))
                 forward()
-            assert twilight_cache.layer_store.decode_attention is kernel
             raise AssertionError("it must not come here")
 
         graph._capture = capture
