@@ -6,12 +6,12 @@ import torch
 from twilight_cache import DecodePolicy, PagedStore, PromptTables, RefinedChannels, RowTables
 from twilight_kernels import KeyCodec, ValueCodec, load_key_pages, load_value_pages
 
-SIZE, HEADS, DIM = 16, 2, 32
+SIZE, HEADS, DIM = 16, 2, 16
 
 
 def make_store(bits: int) -> PagedStore:
     return PagedStore(
-        KeyCodec(bits, SIZE), ValueCodec(bits, SIZE, 32), DecodePolicy(), RefinedChannels(), num_sinks=4, plain_pages=6,
+        KeyCodec(bits, SIZE), ValueCodec(bits, SIZE, 16), DecodePolicy(), RefinedChannels(), num_sinks=4, plain_pages=6,
         packed_pages=0 if bits == 16 else 3, kv_heads=HEADS, key_dim=DIM, value_dim=DIM, dtype=torch.float32,
         device=torch.device("cpu"),
     )  # fmt: skip

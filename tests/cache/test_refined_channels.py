@@ -19,7 +19,7 @@ from twilight_cache import (
 )
 from twilight_kernels import KeyCodec, KeyPages, ValueCodec, load_key_pages, store_key_pages
 
-K, G, D, SIZE = 2, 3, 16, 16
+K, G, D, SIZE = 2, 2, 16, 16
 CHANNELS = ((1, 5, 2, 3, 0, 15, 7, 9), (4, 4, 4, 8, 9, 10, 11, 12))  # of the second head one three times over
 KINDS = pytest.mark.parametrize("channels", [CHANNELS, 8], ids=["named", "chosen"])
 LAYOUT = Layout(page_size=SIZE, num_sinks=4, window=24)
@@ -34,7 +34,7 @@ def _tokens(total: int = 120, rows: int = 1, dtype: torch.dtype = torch.float32)
 
 def _store(refined: RefinedChannels, bits: int = 2, policy: DecodePolicy | None = None) -> LayerStore:
     sequences = SequenceBatch(LAYOUT, PagePool())
-    return LayerStore(sequences, KeyCodec(bits, SIZE), ValueCodec(8, SIZE, 16), policy or DecodePolicy(), refined)
+    return LayerStore(sequences, KeyCodec(bits, SIZE), ValueCodec(4, SIZE, 16), policy or DecodePolicy(), refined)
 
 
 def _feed(store: LayerStore, keys: Tensor, values: Tensor, sizes: list[int]) -> None:
@@ -172,7 +172,7 @@ def test_crop_brings_a_pages_tokens_back_whole() -> None:
 def test_paged_store_holds_the_same_pages(channels: Any) -> None:
     """Two pages of a sequence, and one of another that begins with the second."""
     paged = PagedStore(
-        KeyCodec(2, SIZE), ValueCodec(8, SIZE, 16), DecodePolicy(), RefinedChannels(channels), num_sinks=4,
+        KeyCodec(2, SIZE), ValueCodec(4, SIZE, 16), DecodePolicy(), RefinedChannels(channels), num_sinks=4,
         plain_pages=3, packed_pages=4, kv_heads=K, key_dim=D, value_dim=D, dtype=torch.float32,
         device=torch.device("cpu"),
     )  # fmt: skip
@@ -187,7 +187,7 @@ def test_paged_store_holds_the_same_pages(channels: Any) -> None:
         assert torch.equal(tensor[store.sequences.table[0, :2]], paged.keys.tensors()[name][slots[:2].long()])
     same = torch.equal(paged.keys.codes[2, :, D:], paged.keys.codes[0, :, D:])
     assert same == (channels is CHANNELS)
-    assert paged.num_bytes()[1] == K * (SIZE * (D + 8) * 2 // 8 + 4 * (D + 8) + SIZE * (D + 4) + 2 * 8)
+    assert paged.num_bytes()[1] == K * (SIZE * (D + 8) * 2 // 8 + 4 * (D + 8) + SIZE * (D // 2 + 4) + 2 * 8)
     query = torch.randn(1, K * G, D)
     table = RowTables(
         0, 1, slots[None, :2], torch.tensor([2], dtype=torch.int32), torch.tensor([[0]], dtype=torch.int32),

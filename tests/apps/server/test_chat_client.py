@@ -75,7 +75,7 @@ def test_model_in_this_process_answers(tiny_model: str, tmp_path: Path) -> None:
     folder = tmp_path / "chatty"
     shutil.copytree(tiny_model, folder)
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-    result = _chat("hello\nagain\n", "--model", str(folder), "--max-tokens", "5")
+    result = _chat("hello\nagain\n", "--model", str(folder), "--preset", "exact", "--max-tokens", "5")
     assert result.exit_code == 0, result.output
     assert result.stdout.count("tokens, first after") == 2
 
