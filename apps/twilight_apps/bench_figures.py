@@ -74,7 +74,7 @@ Table = tuple[str, list[tuple[Any, str]]]  # what stands above the rows, and eac
 
 def _generate(result: dict[str, Any]) -> Table:
     head = _head(
-        f"Whole model, {result['model']}, one request, {_machine(result)}; all caches take turns token by token "
+        f"Whole model, {result['model']}, one request, {_machine(result)}; all caches take turns of a few tokens "
         "(`hf-twilight bench generate`):",
         ("dtype", "tokens in the cache", "cache", "ms a token", "faster", "smaller than bf16", "same next token"),
     )

@@ -1,13 +1,16 @@
 """What does a generated token cost with each cache, in the whole model?
 
 Regime: one request, a long prompt already in the cache, one token a forward. The stock cache and every preset
-take turns token by token, so that noise of the machine hits all alike; all are fed the stock cache's choices,
-so that their contexts stay the same and their own choices can be compared step by step. On GPUs our steps come from a
-CUDA graph, as they do in ``generate``; the stock cache's are launched one by one, as in ``generate``.
+take turns of a few tokens, so that noise of the machine hits all alike; the first of a turn is not timed, because
+processor and interpreter have just learned another cache's ways, and ``generate`` stays with one. All are fed what the
+stock cache chose before, so that their contexts stay the same and their own choices can be compared step by step. On
+GPUs our steps come from a CUDA graph, as they do in ``generate``; the stock cache's are launched one by one, as in
+``generate``.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 STOCK, BASE = "stock", "stock, 16 tokens"
 _BASE_TOKENS = 16
-_WARM_UP = 4
+_TURN = 8  # tokens timed in a row, after one that is not
 _PREFILL_CHUNK = 8192
 
 
@@ -41,7 +44,7 @@ class Entrant:
         cache: filled with the prompt.
         attention: the attention function that goes with it.
         tokens: tokens in the cache.
-        times: milliseconds of each forward.
+        times: milliseconds of each forward that was timed.
         choices: likeliest token after each forward.
     """
 
@@ -51,8 +54,8 @@ class Entrant:
     times: list[float] = field(default_factory=list)
     choices: list[int] = field(default_factory=list)
 
-    def advance(self, model: PreTrainedModel, token: Tensor) -> None:
-        """Feed one token ``[1, 1]`` and note time and choice."""
+    def advance(self, model: PreTrainedModel, token: Tensor, *, is_timed: bool = False) -> None:
+        """Feed one token ``[1, 1]`` and note the choice, and the time if asked for."""
         # the name alone: a real switch walks the whole model, and only the entrant after one would find the
         # processor's caches cold
         model.config._attn_implementation = self.attention
@@ -67,7 +70,9 @@ class Entrant:
             out = model(input_ids=token, position_ids=position, past_key_values=self.cache, use_cache=True)
             found.append(out.logits)
 
-        self.times.append(timing.run_ms(forward))
+        elapsed = timing.run_ms(forward)
+        if is_timed:
+            self.times.append(elapsed)
         self.tokens += 1
         self.choices.append(int(found[0][0, -1].argmax()))
 
@@ -97,7 +102,7 @@ def run(
     for dtype in dtypes:
         for context in contexts:
             ids = torch.tensor([documents.cut(tokenizer, document, context, repeat=True)])
-            model, is_extended = _model(model_name, dtype, context + _WARM_UP + new_tokens)
+            model, is_extended = _model(model_name, dtype, context + _fed(new_tokens))
             result = _at_context(model, ids, settings, new_tokens)
             result["rope_extended_with_yarn"] = is_extended
             results.append(result)
@@ -135,13 +140,13 @@ def _at_context(
         entrants[name] = Entrant(_filled(model, stock, config), models.OUR_ATTENTION, length)
     entrants[BASE] = Entrant(base, models.STOCK_ATTENTION, min(_BASE_TOKENS, length))
     sizes = {name: _num_bytes(entrant.cache) for name, entrant in entrants.items()}
-    _take_turns(model, entrants, ids[:, -1:], new_tokens)
+    _take_turns(model, entrants, _written(model, stock, ids[:, -1:], _fed(new_tokens)))
     rows = []
     bf16_bytes = sizes[STOCK] * 2 // model.dtype.itemsize
-    expected = entrants[STOCK].choices[_WARM_UP:]
+    expected = entrants[STOCK].choices
     for name, entrant in entrants.items():
-        same = sum(a == b for a, b in zip(entrant.choices[_WARM_UP:], expected, strict=True)) / new_tokens
-        row: dict[str, Any] = {"name": name, "ms_per_token": timing.summary(entrant.times[_WARM_UP:])}
+        same = sum(a == b for a, b in zip(entrant.choices, expected, strict=True)) / len(expected)
+        row: dict[str, Any] = {"name": name, "ms_per_token": timing.summary(entrant.times)}
         if name != BASE:
             row |= {"kv_bytes": sizes[name], "bf16_bytes_over_kv_bytes": bf16_bytes / sizes[name]}
             row["agreement"] = same
@@ -155,18 +160,32 @@ def _at_context(
     return {"dtype": dtype, "context": length, "stock_prefill_s": prefill_s, "entrants": rows}
 
 
-def _take_turns(model: PreTrainedModel, entrants: dict[str, Entrant], token: Tensor, new_tokens: int) -> None:
-    """Let every entrant take one token a round, each round beginning with another entrant.
+def _fed(new_tokens: int) -> int:
+    """Tokens that an entrant takes for so many to be timed: each turn begins with one that is not."""
+    return new_tokens + -(-new_tokens // _TURN)
 
-    The stock cache's choice is known only after its turn, so a round feeds its choice of the round before.
-    """
-    names = list(entrants)
-    with tables.progress("Timing", _WARM_UP + new_tokens) as bar:
-        for index in range(_WARM_UP + new_tokens):
+
+def _written(model: PreTrainedModel, stock: DynamicCache, token: Tensor, count: int) -> Tensor:
+    """Return ``token [1, 1]`` and what the stock cache writes after it, ``count`` tokens ``[1, count]`` in all."""
+    writer = Entrant(copy.deepcopy(stock), models.STOCK_ATTENTION, stock.get_seq_length())
+    tokens = [token]
+    with tables.progress("Writing", count - 1) as bar:
+        for _ in range(count - 1):
+            writer.advance(model, tokens[-1])
+            tokens.append(torch.tensor([[writer.choices[-1]]], device=model.device))
+            bar.advance(bar.task_ids[0])
+    return torch.cat(tokens, 1)
+
+
+def _take_turns(model: PreTrainedModel, entrants: dict[str, Entrant], tokens: Tensor) -> None:
+    """Feed ``tokens [1, N]`` to every entrant, a turn after the other, each round beginning with another entrant."""
+    names, turns = list(entrants), tokens.split(1 + _TURN, 1)
+    with tables.progress("Timing", len(turns)) as bar:
+        for index, turn in enumerate(turns):
             first = index % len(names)
             for name in names[first:] + names[:first]:
-                entrants[name].advance(model, token)
-            token = torch.tensor([[entrants[STOCK].choices[-1]]], device=model.device)
+                for place, token in enumerate(turn.split(1, 1)):
+                    entrants[name].advance(model, token, is_timed=place > 0)
             bar.advance(bar.task_ids[0])
 
 

@@ -93,6 +93,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         ends = r"doubling the prompt costs {:.1f}x (stock), {:.1f}x (twilight) at the long end"
         growth = [_growth(found, name) for name in ("stock", "twilight")] if len(found) > 1 else None
         axes.set(xscale="log", yscale="log", xlabel="tokens of the prompt", ylabel="seconds to the first token")
+        axes.margins(x=0.1)  # room for the labels
         axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_title(f"{result['model']}, {dtype}" + (f"\n{ends.format(*growth)}" if growth else ""), fontsize=9)

@@ -98,8 +98,8 @@ def generate(
     """Time the whole model, token by token: the stock cache against presets, in turns.
 
     The stock cache reads the prompt once; the other caches are filled with its exact keys and values. Then
-    every cache takes one token after the other, the stock cache's choice for all, so that the contexts stay
-    the same.
+    they take turns of a few tokens, the first of each not timed. All are fed what the stock cache wrote
+    before, so that the contexts stay the same.
 
     \b
     Examples:
