@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twilight_kernels import KeyCodec, KeyPages, PlainTokens, ValueCodec, ValuePages
+from twilight_kernels import KeyCodec, KeyPages, PlainTokens, ValueCodec, ValuePages, repeat_channels
 from twilight_kernels.skvq import SkvqCodec, SkvqPages
 
 from .accounting import LayerBytes
@@ -47,7 +47,7 @@ class LayerTensors:
 
     def widened(self, query: Tensor) -> Tensor:
         """Return queries ``[B, H, D]`` as the kernels take them: refined channels twice."""
-        return query if self.refined_index is None else self.refined.widen_query(query.detach(), self.refined_index)
+        return query if self.refined_index is None else repeat_channels(query.detach(), self.refined_index)
 
     def _folded(self, keys: Tensor, rows: slice = slice(None)) -> Tensor:
         return keys if self.refined_index is None else self.refined.fold(keys, self.refined_index[rows])

@@ -20,6 +20,7 @@ from twilight_kernels import (
     ValuePages,
     decode_attention,
     prompt_attention,
+    repeat_channels,
     store_key_pages,
     store_value_pages,
 )
@@ -149,7 +150,7 @@ class PagedStore:
         if isinstance(tables, PromptTables):
             if self.refined.count:
                 index = self._index_of_rows(tables.block_table[None])
-                query = self.refined.widen_query(query, index.expand(query.shape[0], -1, -1))
+                query = repeat_channels(query, index.expand(query.shape[0], -1, -1))
             return prompt_attention(
                 query,
                 self.keys,

@@ -75,13 +75,6 @@ class RefinedChannels:
         """Append zeros to ``[..., D]``: plain keys have no rest."""
         return F.pad(keys, (0, self.count)) if self.count else keys
 
-    def widen_query(self, query: Tensor, index: Tensor) -> Tensor:
-        """Repeat the channels ``index [B, K, R]`` of ``[B, H, D]``."""
-        if not self.count:
-            return query
-        index = index.repeat_interleave(query.shape[1] // index.shape[1], 1)
-        return torch.cat([query, query.gather(-1, index)], -1)
-
     def fold(self, keys: Tensor, index: Tensor) -> Tensor:
         """Add the rests of ``[N, K, T, D + R]`` to their channels ``index [N, K, R]``: ``[N, K, T, D]``."""
         if not self.count:

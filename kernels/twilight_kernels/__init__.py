@@ -5,7 +5,7 @@ relatively, so a copy of it under another name works.
 """
 
 from ._backend import backend_name, has_kernels, has_matrix_tiles, has_prompt_kernels, release_threads
-from ._reference_codec import pack, unpack
+from ._reference_codec import pack, repeat_channels, unpack
 from .codec import (
     largest_magnitudes,
     load_key_pages,
@@ -51,6 +51,7 @@ __all__ = [
     "prepare_decode",
     "prompt_attention",
     "release_threads",
+    "repeat_channels",
     "select_stripes",
     "store_key_pages",
     "store_tokens",

@@ -60,10 +60,7 @@ def _block(keys: Tensor, index: Tensor) -> np.ndarray:
     block = np.zeros(BLOCK_SIZE, np.int64)
     block[PAGES : DIM + 1] = keys.shape
     block[KIND], block[X], block[X_PAGE : X_TOKEN + 1] = RAW_KIND[keys.dtype], keys.data_ptr(), keys.stride()[:3]
-    block[X_CHANNEL], block[COUNT : INDEX_HEAD + 1] = (
-        keys.stride(3),
-        (index.shape[2], index.data_ptr(), *index.stride()[:2]),
-    )
+    block[X_CHANNEL : INDEX_HEAD + 1] = keys.stride(3), index.shape[2], index.data_ptr(), *index.stride()[:2]
     return block
 
 

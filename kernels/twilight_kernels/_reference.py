@@ -18,10 +18,10 @@ from torch import Tensor
 from ._reference_codec import largest_magnitudes as largest_magnitudes
 from ._reference_codec import load_key_pages as load_key_pages
 from ._reference_codec import load_value_pages as load_value_pages
+from ._reference_codec import repeat_channels, wide_dtype
 from ._reference_codec import store_key_pages as store_key_pages
 from ._reference_codec import store_tokens as store_tokens
 from ._reference_codec import store_value_pages as store_value_pages
-from ._reference_codec import wide_dtype
 from ._reference_codec import widest_channels as widest_channels
 from ._reference_codec import write_rests as write_rests
 from ._reference_prefill import attend_stripes as attend_stripes
@@ -88,7 +88,8 @@ def decode_attention(
 ) -> Tensor:
     """See ``decode.decode_attention``."""
     if refined is not None:
-        query, new_key = widened(query, new_key, refined)
+        query = repeat_channels(query, refined)
+        new_key = None if new_key is None else F.pad(new_key, (0, refined.shape[2]))
     rows, heads, _ = query.shape
     kv_heads, page_size = plain.keys.shape[1], key_pages.codec.page_size
     if new_key is not None and new_value is not None:
@@ -169,13 +170,6 @@ def decode_call(attention: Callable[..., Tensor], pages: tuple[Any, ...], option
         )  # fmt: skip
 
     return step
-
-
-def widened(query: Tensor, new_key: Tensor | None, refined: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Repeat the channels ``refined [B, K, R]`` of queries ``[B, H, D]``; give keys ``[B, K, D]`` as many zeros."""
-    index = refined.repeat_interleave(query.shape[1] // refined.shape[1], 1)
-    query = torch.cat([query, query.gather(-1, index)], -1)
-    return query, None if new_key is None else F.pad(new_key, (0, refined.shape[-1]))
 
 
 def prompt_attention(

@@ -87,6 +87,11 @@ def _page_holds(keys: Tensor, codec: KeyCodec) -> Tensor:
     return lo.float().unsqueeze(-2) + codes * step.float().unsqueeze(-2)
 
 
+def repeat_channels(query: Tensor, index: Tensor) -> Tensor:
+    """Append to queries ``[B, H, D]`` the channels ``index [B, K, R]``, of which keys hold rests."""
+    return torch.cat([query, query.gather(-1, index.repeat_interleave(query.shape[1] // index.shape[1], 1))], -1)
+
+
 def load_key_pages(pages: KeyPages, page_ids: Tensor, dtype: torch.dtype) -> Tensor:
     """See ``codec.load_key_pages``."""
     index = page_ids.long()

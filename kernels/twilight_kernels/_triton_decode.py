@@ -20,10 +20,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ._reference import decode_call, widened
+from ._reference import decode_call
+from ._reference_codec import repeat_channels
 from ._triton_attend import RUN, kept_kernel, plain_kernel
 from ._triton_keys import score_launch, score_shape
 from ._triton_logits import logits_kernel
@@ -69,7 +71,8 @@ def decode_attention(
 ) -> Tensor:
     """See ``_reference.decode_attention``; ``strips`` say what may be shared, and each row reads for itself here."""
     if refined is not None:
-        query, new_key = widened(query, new_key, refined)
+        query = repeat_channels(query, refined)
+        new_key = None if new_key is None else F.pad(new_key, (0, refined.shape[2]))
     query, num_pages = last_contiguous(query), num_pages.contiguous()
     block_table = block_table.contiguous()
     rows, heads, _ = query.shape

@@ -17,7 +17,7 @@ from twilight_cache import (
     RowTables,
     SequenceBatch,
 )
-from twilight_kernels import KeyCodec, KeyPages, ValueCodec, load_key_pages, store_key_pages
+from twilight_kernels import KeyCodec, KeyPages, ValueCodec, load_key_pages, repeat_channels, store_key_pages
 
 K, G, D, SIZE = 2, 2, 16, 16
 CHANNELS = ((1, 5, 2, 3, 0, 15, 7, 9), (4, 4, 4, 8, 9, 10, 11, 12))  # of the second head one three times over
@@ -47,7 +47,7 @@ def _feed(store: LayerStore, keys: Tensor, values: Tensor, sizes: list[int]) -> 
 def test_widened_queries_and_keys_have_the_logits_they_had(channels: Any) -> None:
     refined, keys = RefinedChannels(channels), _tokens()[0]
     query, index = torch.randn(1, K * G, D), refined.choose(keys[:, :, :SIZE])
-    wide_keys, wide_query = refined.widen(keys), refined.widen_query(query, index)
+    wide_keys, wide_query = refined.widen(keys), repeat_channels(query, index)
     assert wide_keys.shape[-1] == wide_query.shape[-1] == D + 8
     assert torch.equal(refined.fold(wide_keys, index), keys)
     rests = torch.randn(1, K, 120, 8)
@@ -55,7 +55,7 @@ def test_widened_queries_and_keys_have_the_logits_they_had(channels: Any) -> Non
     logits = torch.einsum("kgd,ksd->kgs", wide_query[0].unflatten(0, (K, G)), stored[0])
     expected = torch.einsum("kgd,ksd->kgs", query[0].unflatten(0, (K, G)), refined.fold(stored, index)[0])
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
-    rows = refined.widen_query(query.expand(3, -1, -1), index.expand(3, -1, -1))
+    rows = repeat_channels(query.expand(3, -1, -1), index.expand(3, -1, -1))
     assert torch.equal(rows, wide_query.expand(3, -1, -1))
 
 
