@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,7 +109,7 @@ def run(request: Request, model_name: str, dtype: str, settings: TwilightConfig,
     else:
         cache = TwilightCache(model.config, settings)
     _introduce(request, model_name, model, prompt)
-    _warm_up(model, cache.settings, prompt.ids[:, :_WARM_UP_TOKENS], with_stock=compare)
+    _warm_up(model, cache.settings, prompt.ids, with_stock=compare)
     document_s = 0.0
     if request.save_cache is not None:
         document_s = _prefill_and_save(model, cache, prompt.document, request.save_cache)
@@ -179,8 +179,10 @@ def _introduce(request: Request, name: str, model: PreTrainedModel, prompt: docu
 
 
 def _warm_up(model: PreTrainedModel, settings: TwilightConfig, ids: Tensor, *, with_stock: bool) -> None:
-    """Run a short prompt through throw-away caches, so that no compilation or first touch is timed."""
-    ids = ids.to(model.device)
+    """Run the beginning of a prompt through throw-away caches, so that no compilation or first touch is timed."""
+    if ids.shape[1] >= settings.min_prefill_len > _WARM_UP_TOKENS:  # its kernels are those of sparse prefill, too
+        settings = replace(settings, min_prefill_len=_WARM_UP_TOKENS)
+    ids = ids[:, :_WARM_UP_TOKENS].to(model.device)
     caches = [TwilightCache(model.config, settings), *([models.stock_cache(model)] if with_stock else [])]
     steps = 3
     with tables.layer_progress(model, "Warm-up (the first run compiles)", len(caches) * (steps + 1)):

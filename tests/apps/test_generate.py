@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from hf_twilight import prefill
 from twilight_apps import documents
 
 SHORT = ["--context", 600, "--max-new-tokens", 8, "--json"]
@@ -34,6 +35,25 @@ def test_generate_packs(cli: Callable[..., Any], tiny_model: str) -> None:
     assert ours["decode"]["kept"] <= ours["decode"]["scored"]
     assert 0.9 < ours["decode"]["mass"] <= 1.0 + 1e-9
     assert ours["prefill_s"] > 0
+
+
+def test_generate_warms_up_what_a_long_prompt_takes(
+    cli: Callable[..., Any], tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels of sparse prefill compile before the prompt is timed."""
+    rows, choose = [], prefill.SparsePrefill.choose
+
+    def noted(self: Any, query: Any, *args: Any) -> Any:
+        rows.append(query.shape[2])
+        return choose(self, query, *args)
+
+    monkeypatch.setattr(prefill.SparsePrefill, "choose", noted)
+    arguments = ["generate", "--model", tiny_model, *SHORT, "--no-compare", "--preset", "exact", "--set", "alpha=0.9"]
+    found = cli(*arguments, "--set", "min_prefill_len=550").json
+    assert set(rows) == {512, found["prompt_tokens"]} and rows[0] == 512
+    rows.clear()
+    assert cli(*arguments, "--set", "min_prefill_len=5000").exit_code == 0
+    assert not rows
 
 
 def test_generate_plain_prompt_without_comparison(cli: Callable[..., Any], tiny_model: str) -> None:
