@@ -58,7 +58,7 @@ def score_launch(shape: dict[str, int], has_tokens: bool = False) -> dict[str, i
     is_whole, words = shape["LANES"] > 1, _words(shape["PAGE"], shape["DP"], shape["BITS"])
     if has_tokens and shape["BITS"] == 3 and not shape["RP"]:  # their flags are more than fits beside both planes
         words += 1
-    is_large = is_whole and words > _WORDS
+    is_large = words > _WORDS if is_whole else shape["M"] * shape["DP"] > 2048
     return {"num_warps": 8 if is_large else 4, "num_stages": 1 if is_whole else 2, "maxnreg": REGISTERS}
 
 

@@ -32,7 +32,7 @@ def value_shape(dim: int, bits: int, group: int, per_kv: int, is_wide: bool) -> 
     width = min(plane, group)
     folds = (
         bits in (2, 4, 8) and not is_wide and dim == power_of_two(dim) and width == power_of_two(width)
-        and max(plane, group) % width == 0 and dim // width <= 4
+        and max(plane, group) % width == 0 and dim // width <= 4 and power_of_two(per_kv) * dim <= 2048
     )  # fmt: skip
     return {
         "PER_KV": per_kv, "M": max(8, power_of_two(per_kv)), "DV": dim, "VP": max(16, power_of_two(dim)),
@@ -43,9 +43,7 @@ def value_shape(dim: int, bits: int, group: int, per_kv: int, is_wide: bool) -> 
 
 def value_launch(shape: dict[str, int], is_wide: bool) -> dict[str, int]:
     """How to launch a kernel of ``value_shape``."""
-    # with large queries one warp has too few registers for its tokens
-    folded = 4 if shape["M"] * shape["VP"] < 4096 else 8
-    warps = folded if shape["FOLDS"] else warps_for(is_wide, shape["DV"])
+    warps = 4 if shape["FOLDS"] else warps_for(is_wide, shape["DV"])
     return {"num_warps": warps, "num_stages": 1, "maxnreg": REGISTERS}
 
 

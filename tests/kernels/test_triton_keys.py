@@ -52,8 +52,13 @@ def test_scores_are_those_of_float64_but_for_rounding(
         assert bool((error[..., None] <= eager_error[..., None] + rounding).all()), kernel.__name__
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[3]], ids=str)
-def test_a_step_over_refined_keys_is_that_of_the_reference(
+LARGE: dict[str, Any] = {  # its pages are read in parts, its values unpacked
+    "key_bits": 4, "q_per_kv": 16, "key_dim": 256, "value_dim": 256, "group_size": 64, "dtype": torch.float16
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[3], LARGE], ids=str)
+def test_a_step_over_keys_in_parts_is_that_of_the_reference(
     case: dict[str, Any], gpu: str, make_scene_on: Callable[..., Any]
 ) -> None:
     scene = make_scene_on(gpu, pages=(2, 1), plain=(3, 17), kv_heads=1, sharpness=1.0, **case)
