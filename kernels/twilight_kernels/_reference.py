@@ -152,14 +152,14 @@ def prepare_decode(
     refined: Tensor | None = None,
 ) -> DecodeCall:
     """See ``decode.prepare_decode``."""
-    return decode_call(decode_attention, (key_pages, value_pages, plain), {
-        "scaling": scaling, "p": p, "min_keep": min_keep, "min_sparse_len": min_sparse_len, "stats": stats,
-        "refined": refined,
-    })  # fmt: skip
+    return decode_call(
+        decode_attention, (key_pages, value_pages, plain), scaling=scaling, p=p, min_keep=min_keep,
+        min_sparse_len=min_sparse_len, stats=stats, refined=refined,
+    )  # fmt: skip
 
 
-def decode_call(attention: Callable[..., Tensor], pages: tuple[Any, ...], options: dict[str, Any]) -> DecodeCall:
-    """Return the step of ``prepare_decode`` where there is nothing to prepare."""
+def decode_call(attention: Callable[..., Tensor], pages: tuple[Any, ...], **options: Any) -> DecodeCall:
+    """Return the step of ``prepare_decode`` where there is nothing to prepare: a call of ``attention``."""
 
     def step(
         query: Tensor, new_key: Tensor, new_value: Tensor, block_table: Tensor, num_pages: Tensor, plain_len: Tensor

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ._reference import decode_call
 from ._reference_codec import repeat_channels
 from ._triton_attend import RUN, kept_kernel, plain_kernel
 from ._triton_keys import score_launch, score_shape
@@ -43,7 +42,7 @@ from ._triton_tiles import (
     warps_for,
 )
 from ._triton_values import value_launch, value_shape
-from .layout import DecodeCall, KeyPages, PlainTokens, ValuePages
+from .layout import KeyPages, PlainTokens, ValuePages
 
 
 def decode_attention(
@@ -96,26 +95,6 @@ def decode_attention(
             SLOTS=power_of_two(slots), TILE=SLOT_TILE, LISTED=LISTED_TILE, **_splits(key_pages), num_warps=4,
         )  # fmt: skip
     return out
-
-
-def prepare_decode(
-    key_pages: KeyPages,
-    value_pages: ValuePages,
-    plain: PlainTokens,
-    *,
-    heads: int,
-    scaling: float,
-    p: float = 1.0,
-    min_keep: int = 0,
-    min_sparse_len: int = 0,
-    stats: Tensor | None = None,
-    refined: Tensor | None = None,
-) -> DecodeCall:
-    """See ``_reference.prepare_decode``."""
-    return decode_call(decode_attention, (key_pages, value_pages, plain), {
-        "scaling": scaling, "p": p, "min_keep": min_keep, "min_sparse_len": min_sparse_len, "stats": stats,
-        "refined": refined,
-    })  # fmt: skip
 
 
 def _attend_plain(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ._backend import kernels
+from ._reference import decode_call
 from .layout import DecodeCall, KeyPages, PlainTokens, ValuePages
 from .page_codec import RAW_BITS
 from .score import check_tables
@@ -143,24 +146,30 @@ def prepare_decode(
     check_pages(shape, dtype, key_pages, value_pages, plain, in_pages=False, refined=count)
     if stats is not None:
         check_stats(shape, stats)
-    call: DecodeCall = kernels("decode", plain.keys, dtype).prepare_decode(
-        key_pages, value_pages, plain, heads=heads, scaling=scaling, p=p, min_keep=min_keep,
-        min_sparse_len=min_sparse_len, stats=stats, refined=refined,
-    )  # fmt: skip
-    rows_only = torch.Size((rows,))
-    taken = (
-        shape, torch.Size((rows, kv_heads, key_dim - count)), torch.Size((rows, kv_heads, value_dim)), rows_only,
-        rows_only, dtype,
-    )  # fmt: skip
+    pages, module = (key_pages, value_pages, plain), kernels("decode", plain.keys, dtype)
+    options: dict[str, Any] = {
+        "scaling": scaling, "p": p, "min_keep": min_keep, "min_sparse_len": min_sparse_len, "stats": stats,
+        "refined": refined,
+    }  # fmt: skip
+    call: DecodeCall
+    if hasattr(module, "prepare_decode"):
+        call = module.prepare_decode(*pages, heads=heads, **options)
+    else:
+        call = decode_call(module.decode_attention, pages, **options)
+    key, value, lengths = ((rows, kv_heads, key_dim - count), (rows, kv_heads, value_dim), (rows,))
+    taken = shape, key, value, lengths, lengths, rows, *(dtype,) * 3, *(torch.int32,) * 3
 
     def step(
         query: Tensor, new_key: Tensor, new_value: Tensor, block_table: Tensor, num_pages: Tensor, plain_len: Tensor
     ) -> Tensor:
-        given = query.shape, new_key.shape, new_value.shape, num_pages.shape, plain_len.shape, query.dtype
-        if given != taken or block_table.dtype != torch.int32:
+        given = (
+            query.shape, new_key.shape, new_value.shape, num_pages.shape, plain_len.shape, block_table.shape[0],
+            query.dtype, new_key.dtype, new_value.dtype, num_pages.dtype, plain_len.dtype, block_table.dtype,
+        )  # fmt: skip
+        if given != taken:
             raise ValueError(
-                f"query, new_key, new_value, num_pages, plain_len and the dtype must be what the step was prepared "
-                f"for, {taken}, and block_table int32, got {given} and {block_table.dtype}"
+                "query, new_key, new_value, num_pages, plain_len, rows of block_table and all dtypes must be what "
+                f"the step was prepared for, {taken}, got {given}; prepare another one"
             )
         return call(query, new_key, new_value, block_table, num_pages, plain_len)
 

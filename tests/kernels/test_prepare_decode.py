@@ -82,6 +82,7 @@ def test_what_does_not_fit_is_refused_at_a_step(name: str, make_scene: Callable[
     scene = make_scene(**SHAPE)
     step = prepare_decode(*scene.inputs()[0][1:], heads=6, scaling=1.0)
     given = {**scene.inputs()[1], "query": scene.query}
-    given[name] = given[name].double() if name == "block_table" else given[name][:2]
-    with pytest.raises(ValueError, match="must be what the step was prepared for"):
-        step(given["query"], *(given[other] for other in STEP))
+    for wrong in (given[name][:2], given[name].double()):
+        other = {**given, name: wrong}
+        with pytest.raises(ValueError, match="must be what the step was prepared for"):
+            step(other["query"], *(other[argument] for argument in STEP))
