@@ -44,6 +44,7 @@ def channel_logits(
 def channel_shape(per_kv: int, dim: int, page_size: int, num_channels: int, bits: int) -> dict[str, int]:
     """Constants of ``channels_kernel``."""
     shape = score_shape(page_size, dim, bits, per_kv)
+    del shape["RP"]  # the few that are chosen are one part
     return {
         **shape, "DP": max(16, power_of_two(dim)), "CHANNELS": num_channels, "CP": max(16, power_of_two(num_channels)),
         "PAGES": CHANNEL_CHUNK // page_size,
