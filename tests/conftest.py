@@ -14,7 +14,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-# Triton decides when a kernel is defined whether it compiles or interprets it; without a GPU it can only interpret.
+# Triton decides when a kernel is defined whether it compiles or interprets it. Without a GPU it interprets; 0 says that
+# what it compiles is run by the machine of tests/ptx.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

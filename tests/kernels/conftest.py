@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import os
+import pkgutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import twilight_kernels
 from twilight_kernels import (
     KeyCodec,
     KeyPages,
@@ -25,39 +29,55 @@ from twilight_kernels import (
 )
 from twilight_kernels._numba_amx import has_tiles
 
-INTERPRETER = "interpreter"
+IS_EMULATED = os.environ.get("TRITON_INTERPRET") == "0"
+TRITON = "ptx" if IS_EMULATED else "interpreter"  # how Triton's kernels run on CPU tensors here
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run each test of a ``device`` on every one, and those marked ``interpreted`` on Triton's interpreter, too."""
+    """Run each test of a ``device`` on every one, and those marked ``interpreted`` by Triton on CPU tensors, too."""
     if "device" in metafunc.fixturenames:
-        interpreted = [INTERPRETER] if metafunc.definition.get_closest_marker("interpreted") else []
+        interpreted = [TRITON] if metafunc.definition.get_closest_marker("interpreted") else []
         metafunc.parametrize("device", [*DEVICES, *interpreted], indirect=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Interpret, of a marked test, only the cases that its mark names by a part of their id: it is slow."""
+    """Run by Triton, of a marked test, only the cases that its mark names by a part of their id: it is slow."""
     items[:] = [item for item in items if not _is_left_out(item)]
 
 
 def _is_left_out(item: pytest.Item) -> bool:
-    marker = item.get_closest_marker("interpreted")
-    if marker is None or getattr(item, "callspec", None) is None or INTERPRETER not in item.callspec.id:  # type: ignore[attr-defined]
+    marker, found = item.get_closest_marker("interpreted"), getattr(item, "callspec", None)
+    if marker is None or found is None or TRITON not in found.id:
         return False
-    named = item.callspec.id.replace(f"-{INTERPRETER}", "").replace(f"{INTERPRETER}-", "")  # type: ignore[attr-defined]
-    return bool(marker.args) and named not in marker.args and named != INTERPRETER
+    named = found.id.replace(f"-{TRITON}", "").replace(f"{TRITON}-", "")
+    return bool(marker.args) and named not in marker.args and named != TRITON
 
 
 @pytest.fixture
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def device(request: pytest.FixtureRequest) -> str:
     """Each device whose kernels can run here; the public functions pick the backend by it."""
-    if request.param != INTERPRETER:
+    if request.param != TRITON:
         return str(request.param)
-    if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
+    return str(request.getfixturevalue("triton_on_cpu"))
+
+
+@pytest.fixture
+def triton_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Triton's kernels take CPU tensors: interpreted, or compiled and run instruction by instruction."""
+    if importlib.util.find_spec("triton") is None or "TRITON_INTERPRET" not in os.environ:
         pytest.skip("Triton is not there, or compiles for the GPU of this machine")
     monkeypatch.setenv("HF_TWILIGHT_BACKEND", "triton")
-    return "cpu"
+    with ExitStack() as stack:
+        if IS_EMULATED:
+            from ptx.launch import emulated
+
+            for module in pkgutil.iter_modules(twilight_kernels.__path__):
+                if module.name.startswith("_triton_"):  # to be compiled, not interpreted
+                    importlib.import_module(f"twilight_kernels.{module.name}")
+            monkeypatch.setenv("TRITON_INTERPRET", "1")  # else the backend asks for a GPU
+            stack.enter_context(emulated())
+        yield "cpu"
 
 
 @pytest.fixture(autouse=True)
@@ -105,17 +125,14 @@ def make_scene_on() -> Callable[..., Scene]:
     return lambda device, **shape: random_scene(device=device, **shape)
 
 
-@pytest.fixture(params=["cuda", INTERPRETER])
-def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(params=["cuda", TRITON])
+def gpu(request: pytest.FixtureRequest) -> str:
     """Return a device whose kernels are Triton's, for tests of what other backends do not have."""
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
         return "cuda"
-    if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("Triton is not there, or compiles for the GPU of this machine")
-    monkeypatch.setenv("HF_TWILIGHT_BACKEND", "triton")
-    return "cpu"
+    return str(request.getfixturevalue("triton_on_cpu"))
 
 
 @dataclasses.dataclass

@@ -14,6 +14,8 @@ from twilight_kernels import StripePlan, _numba_prefill, _reference, attend_stri
 from twilight_kernels._numba_amx import has_tiles
 from twilight_kernels._reference_prefill import unpack_bits
 
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 pytestmark = pytest.mark.interpreted  # what runs on GPUs is small enough to be interpreted, all of it
 
 PLAN = StripePlan(alpha=0.9, floor=0.8, window=32, num_sinks=4, strip=128, samples=16)
@@ -78,7 +80,7 @@ def make_prompt(
     seed: int = 0,
 ) -> Prompt:
     torch.manual_seed(seed)
-    if dtype == torch.bfloat16 and os.environ.get("HF_TWILIGHT_BACKEND") == "triton":
+    if dtype == torch.bfloat16 and IS_INTERPRETED and os.environ.get("HF_TWILIGHT_BACKEND") == "triton":
         dtype = torch.float16  # Triton's interpreter multiplies bfloat16 wrongly
     keys = torch.randn(batch, kv_heads, total, dim)
     keys[:, :, ::17] *= 3.0  # some keys matter to many rows
