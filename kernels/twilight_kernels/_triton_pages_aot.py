@@ -138,7 +138,9 @@ def _row_cases() -> list[AotCase]:
         shape = {"PER_KV": per_kv, "PAGE": page, "HAS_LISTED": is_listed, "RUNS": 4, "BLOCK": BLOCK}
         splits = {"SPLITS": SPLITS, "LEAST": max(1, LEAST_TOKENS // page)}
         found.append(_case(name, collect_kernel, {}, "", shape, splits))
-        found.append(_case(name, limit_kernel, {}, "", shape, splits, {"ROUNDS": ROUNDS}, num_warps=8))
+        found.append(
+            _case(name, limit_kernel, {}, "", shape, splits, {"ROUNDS": ROUNDS}, num_warps=8, maxnreg=REGISTERS)
+        )
     rows = {"SPLITS": SPLITS, "LEAST": LEAST_TOKENS, "BLOCK": BLOCK}
     flags = {"PER_KV": 4, "BLOCK": BLOCK}
     return [

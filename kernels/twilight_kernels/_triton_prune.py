@@ -3,8 +3,9 @@
 Definition: ``_reference.top_p_threshold``. Scoring leaves the largest logit and the mass of each split of a row. From
 them every block of ``collect_kernel`` knows a logit below which nothing is needed (all tokens below
 ``largest + ln((1 - p) * mass / count)`` together weigh less than ``1 - p``) and gathers what its split holds above;
-one block a row then narrows the threshold by fifteen trial limits a round, so the row itself is read once. Sums run
-in fixed orders and nothing is added atomically: the same row gives the same bits, whatever is computed beside it.
+one block a row then narrows the threshold by fifteen trial limits a round and drops what lies outside of the part that
+is left. Sums run in fixed orders and nothing is added atomically: the same row gives the same bits, whatever is
+computed beside it.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton_tiles import LEAST_TOKENS, SPLITS, grid_splits, segment
+from ._triton_tiles import LEAST_TOKENS, REGISTERS, SPLITS, grid_splits, segment
 
 ROUNDS = 6  # of 16 parts each: 2 ** -24 of the range
 BLOCK = 1024  # logits that are looked at at once
+LINES = tl.constexpr(4)  # of them
 
 
 def top_p_threshold(logits: Tensor, p: float, *, forced_lse: Tensor | None = None, min_keep: int = 0) -> Tensor:
@@ -85,7 +87,7 @@ def find_limits(
     splits = grid_splits(columns // page_size, shape["LEAST"])
     collect_kernel[(rows, splits)](logits, logits.stride(0), near, columns, counts, *given, **shape, num_warps=4)
     limit_kernel[(rows,)](
-        near, columns, counts, limits, kept, masses, *given, **shape, ROUNDS=ROUNDS, num_warps=8
+        near, columns, counts, limits, kept, masses, *given, **shape, ROUNDS=ROUNDS, num_warps=8, maxnreg=REGISTERS
     )  # fmt: skip
     return limits, kept, masses
 
@@ -133,6 +135,19 @@ def known_masses(
 
 
 @triton.jit
+def least_needed(split_tops, top, base, mass, forced, count, p, min_keep, PAGE: tl.constexpr):
+    """A logit below which nothing of a row is needed; ``-inf`` if none is known, as the row has few splits."""
+    start = top
+    if p * (mass + forced) > forced:
+        slack = tl.maximum((1.0 - p) * (mass + forced), 1e-30)
+        start = tl.minimum(top, base + tl.log(slack / (count * PAGE).to(tl.float32)) - 0.001)
+    if min_keep > 0:  # the least split maximum that has min_keep of them at or above it
+        above = tl.sum((split_tops[None, :] >= split_tops[:, None]).to(tl.int32), 1)
+        start = tl.minimum(start, tl.max(tl.where(above >= min_keep, split_tops, float("-inf")), 0))
+    return start
+
+
+@triton.jit
 def row_length(
     head, lengths, num_listed, min_sparse_len, heads, PAGE: tl.constexpr, HAS_LISTED: tl.constexpr
 ):  # fmt: skip
@@ -159,13 +174,7 @@ def collect_kernel(
     split_tops, top, base, mass, forced = known_masses(
         tops, sums, plain_tops, plain_sums, runs, slots, head, count, PER_KV, SPLITS, LEAST, RUNS
     )
-    start = top
-    if p * (mass + forced) > forced:
-        slack = tl.maximum((1.0 - p) * (mass + forced), 1e-30)
-        start = tl.minimum(top, base + tl.log(slack / (count * PAGE).to(tl.float32)) - 0.001)
-    if min_keep > 0:  # the least split maximum that has min_keep of them at or above it
-        above = tl.sum((split_tops[None, :] >= split_tops[:, None]).to(tl.int32), 1)
-        start = tl.minimum(start, tl.max(tl.where(above >= min_keep, split_tops, float("-inf")), 0))
+    start = least_needed(split_tops, top, base, mass, forced, count, p, min_keep, PAGE)
     source = logits + head.to(tl.int64) * stride
     target = near + head.to(tl.int64) * columns + first * PAGE
     found = 0
@@ -204,7 +213,7 @@ def limit_kernel(
     """Narrow the threshold of one row among what was gathered of it."""
     head = tl.program_id(0)
     count = row_length(head, lengths, num_listed, min_sparse_len, heads, PAGE, HAS_LISTED)
-    _tops, top, base, mass, forced = known_masses(
+    split_tops, top, base, mass, forced = known_masses(
         tops, sums, plain_tops, plain_sums, runs, slots, head, count, PER_KV, SPLITS, LEAST, RUNS
     )
     tl.store(masses + head, base + tl.log(mass + forced))
@@ -223,27 +232,79 @@ def limit_kernel(
         tl.store(counts + head * SPLITS + split, tl.cumsum(found, 0))
         tl.debug_barrier()  # the ends are read by other threads than those that wrote them
         least = tl.minimum(min_keep, total)
-        low = top
-        for start in range(0, total, BLOCK):
-            i = start + tl.arange(0, BLOCK)
-            x = near_at(near, columns, counts, head, i, total, count, PAGE, SPLITS, LEAST)
-            low = tl.minimum(low, tl.min(tl.where(i < total, x, top), 0))
-        high = top
-        trial = tl.arange(0, 16)
-        number = total
-        for _round in range(ROUNDS):
-            tried = low + (high - low) * (trial.to(tl.float32) * 0.0625)  # the first is low itself
-            above = tl.zeros([16], tl.float32)
-            many = tl.zeros([16], tl.int32)
+        low = least_needed(split_tops, top, base, mass, forced, count, p, min_keep, PAGE)
+        if low == float("-inf"):  # a short row, all of which was gathered
+            low = top
             for start in range(0, total, BLOCK):
                 i = start + tl.arange(0, BLOCK)
                 x = near_at(near, columns, counts, head, i, total, count, PAGE, SPLITS, LEAST)
-                taken = x[None, :] >= tried[:, None]
-                above += tl.sum(tl.where(taken, tl.exp(x - base)[None, :], 0.0), 1)
-                many += tl.sum(taken.to(tl.int32), 1)
-            best = tl.max(tl.where((above >= need) & (many >= least), trial, 0), 0)
-            low = tl.sum(tl.where(trial == best, tried, 0.0), 0)
-            high = tl.where(best == 15, high, tl.sum(tl.where(trial == best + 1, tried, 0.0), 0))
-            number = tl.sum(tl.where(trial == best, many, 0), 0)
+                low = tl.minimum(low, tl.min(tl.where(i < total, x, top), 0))
+        high, above, over, number = top, 0.0, 0, total
+        low, high, above, over, number, total = narrow(
+            near, columns, counts, head, total, count, low, high, top, above, over, need, least, base,
+            PAGE, SPLITS, LEAST, BLOCK, True,
+        )  # fmt: skip
+        for _round in range(ROUNDS - 1):
+            low, high, above, over, number, total = narrow(
+                near, columns, counts, head, total, count, low, high, top, above, over, need, least, base,
+                PAGE, SPLITS, LEAST, BLOCK, False,
+            )  # fmt: skip
         tl.store(limits + head, low)
         tl.store(kept + head, number)
+
+
+@triton.jit
+def narrow(
+    near, columns, counts, head, total, count, low, high, top, above, over, need, least, base, PAGE: tl.constexpr,
+    SPLITS: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr, IS_SPREAD: tl.constexpr,
+):  # fmt: skip
+    """Take the sixteenth of ``low .. high`` in which the threshold lies, and leave only its entries in ``near``.
+
+    ``above`` and ``over`` are mass and number of the entries from ``high`` on, which are no longer there.
+
+    Returns:
+        The new ``low, high, above, over``, how many entries lie at ``low`` or above, how many are left.
+    """
+    trial = tl.arange(0, 16)
+    tried = low + (high - low) * (trial.to(tl.float32) * 0.0625)  # the first is low itself
+    line: tl.constexpr = BLOCK // LINES  # an entry of each line a thread: threads are added up once, at the end
+    masses = tl.zeros([16, line], tl.float32)
+    numbers = tl.zeros([16, line], tl.int32)
+    for start in range(0, total, BLOCK):
+        i = start + tl.arange(0, LINES)[:, None] * line + tl.arange(0, line)[None, :]
+        x = entry_at(near, columns, counts, head, i, total, count, PAGE, SPLITS, LEAST, IS_SPREAD)
+        taken = x[None, :, :] >= tried[:, None, None]
+        masses += tl.sum(tl.where(taken, tl.exp(x - base)[None, :, :], 0.0), 1)
+        numbers += tl.sum(taken.to(tl.int32), 1)
+    mass = tl.sum(masses, 1) + above
+    many = tl.sum(numbers, 1) + over
+    best = tl.max(tl.where((mass >= need) & (many >= least), trial, 0), 0)
+    is_last = best == 15  # then what lies above is where it was
+    above = tl.where(is_last, above, tl.sum(tl.where(trial == best + 1, mass, 0.0), 0))
+    over = tl.where(is_last, over, tl.sum(tl.where(trial == best + 1, many, 0), 0))
+    high = tl.where(is_last, high, tl.sum(tl.where(trial == best + 1, tried, 0.0), 0))
+    low = tl.sum(tl.where(trial == best, tried, 0.0), 0)
+    number = tl.sum(tl.where(trial == best, many, 0), 0)
+    end = tl.where(high < top, high, float("inf"))  # the largest entry is of the last part
+    found = 0
+    for start in range(0, total, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        x = entry_at(near, columns, counts, head, i, total, count, PAGE, SPLITS, LEAST, IS_SPREAD)
+        is_left = ((i < total) & (x >= low) & (x < end)).to(tl.int32)
+        # never behind where the others are read: the sums before it wait for all of a block's threads
+        tl.store(near + head.to(tl.int64) * columns + found + tl.cumsum(is_left, 0) - 1, x, mask=is_left > 0)
+        found += tl.sum(is_left, 0)
+    tl.debug_barrier()  # what is left is read by other threads than those that wrote it
+    return low, high, above, over, number, found
+
+
+@triton.jit
+def entry_at(
+    near, columns, counts, head, i, total, count, PAGE: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
+    IS_SPREAD: tl.constexpr,
+):  # fmt: skip
+    """Entry ``i`` of what is left of a row: at the places of the splits, or one after another."""
+    if IS_SPREAD:
+        return near_at(near, columns, counts, head, i, total, count, PAGE, SPLITS, LEAST)
+    else:
+        return tl.load(near + head.to(tl.int64) * columns + i, mask=i < total, other=float("-inf"))
