@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ._reference_codec import repeat_channels
 from ._triton_attend import RUN, kept_kernel, plain_kernel
-from ._triton_keys import score_launch, score_shape
+from ._triton_keys import logits_launch, score_shape
 from ._triton_logits import logits_kernel
 from ._triton_merge import LISTED_TILE, SLOT_TILE, merge_kernel
 from ._triton_prune import BLOCK, find_limits
@@ -145,7 +145,7 @@ def _attend_packed(
         query, *query.stride()[:2], key_pages.codes, key_pages.lo, key_pages.step, table, columns, num_pages, pages,
         _flags(tokens, num_pages), listed or 0, logits, tops, sums, width, scaling, min_sparse_len, kv_heads,
         **shape, HAS_PAGES=listed is not None, HAS_TOKENS=tokens is not None,
-        **splits, **score_launch(shape, tokens is not None),
+        **splits, **logits_launch(shape, tokens is not None),
     )  # fmt: skip
     limits, needed, masses = sums, num_pages, sums  # read by nobody at p = 1
     if p < 1.0:

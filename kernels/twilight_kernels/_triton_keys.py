@@ -14,6 +14,7 @@ import triton.language as tl
 
 from ._triton_tiles import (
     CODE,
+    FEW_REGISTERS,
     QUERY,
     REGISTERS,
     channel_parts,
@@ -51,6 +52,13 @@ def score_shape(page_size: int, dim: int, bits: int, per_kv: int) -> dict[str, i
         "PAGE": page_size, "BITS": bits, **channels, "PER_KV": per_kv, "M": max(8, heads),
         "LANES": 4 if is_whole else 1, "T": tokens,
     }  # fmt: skip
+
+
+def logits_launch(shape: dict[str, int], has_tokens: bool) -> dict[str, int]:
+    """How to launch ``logits_kernel``: ``score_launch``, with few registers where they are enough for it."""
+    is_small = shape["LANES"] > 1 and _words(shape["PAGE"], shape["DP"], shape["BITS"]) <= _WORDS // 2
+    registers = {"maxnreg": FEW_REGISTERS} if is_small and not has_tokens else {}
+    return {**score_launch(shape, has_tokens), **registers}
 
 
 def score_launch(shape: dict[str, int], has_tokens: bool = False) -> dict[str, int]:

@@ -9,7 +9,7 @@ from ._triton_attend import RUN, kept_kernel, plain_kernel
 from ._triton_channels import channel_shape, channels_kernel
 from ._triton_codec import _shape, load_kernel, pack_kernel, range_kernel
 from ._triton_flags import flags_kernel
-from ._triton_keys import score_launch, score_shape
+from ._triton_keys import logits_launch, score_launch, score_shape
 from ._triton_logits import logits_kernel
 from ._triton_merge import LISTED_TILE, SLOT_TILE, merge_kernel
 from ._triton_prune import BLOCK, ROUNDS, collect_kernel, limit_kernel, mass_kernel
@@ -80,7 +80,7 @@ def _decode_cases(configuration: tuple[Any, ...], is_listed: bool) -> list[AotCa
         _case(name, plain_kernel, types, dtype, plain, num_warps=warps_for(is_wide, largest), maxnreg=REGISTERS),
         _case(
             name, logits_kernel, codes, dtype, scored, splits, listed,
-            **score_launch(scored, is_listed),
+            **logits_launch(scored, is_listed),
         ),
         *(
             _case(

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 REGISTERS = 255  # left to itself, ptxas spills a little to fit one more block on a multiprocessor
+FEW_REGISTERS = 168  # of a thread, where they are enough: three blocks of four warps on a multiprocessor, not two
 SPLITS = 64  # parts of a row that different blocks of threads take
 LEAST_TOKENS = 256  # tokens that are worth a block of threads
 TILE_NUMBERS = 8192  # numbers of a tile of keys or values: 64 tokens of 128 channels

@@ -27,7 +27,7 @@ from ._triton_tiles import (
 
 
 def value_shape(dim: int, bits: int, group: int, per_kv: int, is_wide: bool) -> dict[str, int]:
-    """Constants of the kernel that weighs values: where scales can be folded into weights, 64 tokens at once."""
+    """Constants of the kernel that weighs values: where scales can be folded into weights, many tokens at once."""
     plane = dim * bits // 8  # channels that lie side by side in a plane
     width = min(plane, group)
     folds = (
@@ -37,7 +37,7 @@ def value_shape(dim: int, bits: int, group: int, per_kv: int, is_wide: bool) -> 
     return {
         "PER_KV": per_kv, "M": max(8, power_of_two(per_kv)), "DV": dim, "VP": max(16, power_of_two(dim)),
         "VALUE_BITS": bits, "GROUP": group, "NARROW": not is_wide, "FOLDS": folds, "LANES": 4 if folds else 1,
-        "T": 16 if folds else min(32, tile_tokens(dim, is_wide or dim > 128)),
+        "T": (32 if dim <= 128 else 16) if folds else min(32, tile_tokens(dim, is_wide or dim > 128)),
     }  # fmt: skip
 
 
