@@ -13,8 +13,10 @@ from ._triton_tiles import (
     CODE,
     REGISTERS,
     exact_unit,
+    field_bits,
     join_tiles,
     masked,
+    nibble_words,
     odd_bytes,
     power_of_two,
     product,
@@ -28,11 +30,12 @@ from ._triton_tiles import (
 
 def value_shape(dim: int, bits: int, group: int, per_kv: int, is_wide: bool) -> dict[str, int]:
     """Constants of the kernel that weighs values: where scales can be folded into weights, many tokens at once."""
-    plane = dim * bits // 8  # channels that lie side by side in a plane
+    plane = dim * field_bits(bits) // 8  # channels that lie side by side in a plane
     width = min(plane, group)
     folds = (
-        bits in (2, 4, 8) and not is_wide and dim == power_of_two(dim) and width == power_of_two(width)
-        and max(plane, group) % width == 0 and dim // width <= 4 and power_of_two(per_kv) * dim <= 2048
+        bits != 16 and not is_wide and dim == power_of_two(dim) and width == power_of_two(width)
+        and max(plane, group) % width == 0 and dim // width <= 4
+        and power_of_two(per_kv) * dim <= (1024 if bits == 3 else 2048)
     )  # fmt: skip
     return {
         "PER_KV": per_kv, "M": max(8, power_of_two(per_kv)), "DV": dim, "VP": max(16, power_of_two(dim)),
@@ -106,32 +109,45 @@ def weigh_values(
             folded = folded + (stack(high, (scaled - high.to(tl.float32)).to(tl.float16)),)
             units = units + (unit * (CODE / 16384),)
             biases = biases + (tl.sum(weights * low[:, None, :], 2),)
-        count: tl.constexpr = DV * BITS // 8  # channels that lie side by side in a plane
+        field: tl.constexpr = 2 if BITS == 3 else BITS  # bits of the first plane
+        count: tl.constexpr = DV * field // 8  # channels that lie side by side in a plane
         width: tl.constexpr = min(count, GROUP)
-        row = codes.to(tl.pointer_type(tl.uint16), bitcast=True) + (token_head * (count // 2))[:, :, None]
+        row = codes.to(tl.pointer_type(tl.uint16), bitcast=True) + (token_head * (DV * BITS // 16))[:, :, None]
         tiles = ()
-        for k in tl.static_range(8 // BITS):
-            for part in tl.static_range(count // width):
-                column = part * (width // 2) + tl.arange(0, width // 2)
-                words = tl.load(row + column[None, None, :], mask=exists[:, :, None], other=0)
+        if BITS == 3:  # of two planes, both of whose words are read for all channels
+            column = tl.arange(0, count // 2)[None, None, :]
+            words = tl.load(row + column, mask=exists[:, :, None], other=0)
+            highs = tl.load(row + count // 2 + column % (count // 4), mask=exists[:, :, None], other=0)
+            nibbles = nibble_words(words, highs, column, count // 4)
+            for k in tl.static_range(4):
                 found = plane_product(
-                    folded[(k * count + part * width) // GROUP], units[(k * count + part * width) // GROUP],
-                    biases[(k * count + part * width) // GROUP], words, k, BITS, LANES, M, width,
+                    folded[k * count // GROUP], units[k * count // GROUP], biases[k * count // GROUP], nibbles[k % 2],
+                    k // 2 * 4, BITS, LANES, M, width,
                 )  # fmt: skip
                 tiles = tiles + (found,)
+        else:
+            for k in tl.static_range(8 // BITS):
+                for part in tl.static_range(count // width):
+                    column = part * (width // 2) + tl.arange(0, width // 2)
+                    words = tl.load(row + column[None, None, :], mask=exists[:, :, None], other=0)
+                    found = plane_product(
+                        folded[(k * count + part * width) // GROUP], units[(k * count + part * width) // GROUP],
+                        biases[(k * count + part * width) // GROUP], words, k * BITS, BITS, LANES, M, width,
+                    )  # fmt: skip
+                    tiles = tiles + (found,)
         return join_tiles(tiles, LANES, M, DV, DV // width)
 
 
 @triton.jit
 def plane_product(
-    weighed, unit, bias, words, k: tl.constexpr, BITS: tl.constexpr, LANES: tl.constexpr, M: tl.constexpr,
+    weighed, unit, bias, words, SHIFT: tl.constexpr, BITS: tl.constexpr, LANES: tl.constexpr, M: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Weighed sums of plane ``k`` of words ``[L, T, WIDTH / 2]``, whose scales are of one group, ``[L, M, WIDTH]``."""
-    even = masked(words, ((1 << BITS) - 1) << (k * BITS)).to(tl.float16, bitcast=True)
-    odd = masked(odd_bytes(words), ((1 << BITS) - 1) << (k * BITS)).to(tl.float16, bitcast=True)
+    """Weighed sums ``[L, M, WIDTH]`` of the codes at bit ``SHIFT`` of words ``[L, T, WIDTH / 2]``, all of one group."""
+    even = masked(words, ((1 << BITS) - 1) << SHIFT).to(tl.float16, bitcast=True)
+    odd = masked(odd_bytes(words), ((1 << BITS) - 1) << SHIFT).to(tl.float16, bitcast=True)
     found = tl.join(stacked_product(weighed, even), stacked_product(weighed, odd)).reshape(LANES, M, WIDTH)
-    return found * (unit * (1.0 / (1 << (k * BITS))))[:, None, None] + bias[:, :, None]
+    return found * (unit * (1.0 / (1 << SHIFT)))[:, None, None] + bias[:, :, None]
 
 
 @triton.jit
