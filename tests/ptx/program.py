@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -27,7 +27,7 @@ class Instruction:
         name: the operation with all its suffixes.
         outputs, inputs: numbers of registers; -1 of an output that nobody wants. Constants are registers.
         guard: the predicate, -1 if there is none; ``negated`` if it must not hold.
-        offset: of the address, or the label's place of a branch.
+        offset: of the address; the place that a branch goes to; the number of a parameter, or of groups to wait for.
         source: offset of the address that a copy reads.
         line: of the PTX, for people.
     """
@@ -78,7 +78,6 @@ class _Reader:
         self.program, self.body = program, body
         self.names: dict[str, int] = {}
         self.labels: dict[str, int] = {}
-        self.arrays: dict[str, int] = {}
         self.branches: list[tuple[int, str]] = []
 
     def read(self) -> None:
@@ -101,10 +100,7 @@ class _Reader:
                 self.statement(" ".join(body[place:end].split()))
                 place = end + 1
         for at, target in self.branches:
-            found = self.program.instructions[at]
-            self.program.instructions[at] = Instruction(
-                found.name, (), found.inputs, found.guard, found.negated, self.labels[target], 0, found.line
-            )
+            self.program.instructions[at] = replace(self.program.instructions[at], offset=self.labels[target])
 
     def statement(self, text: str) -> None:
         if text.startswith(".reg"):
@@ -126,20 +122,18 @@ class _Reader:
     def instruction(self, name: str, operands: list[str], guard: int, negated: bool, line: str) -> None:
         stem = name.split(".")[0]
         offset = source = 0
+        outputs, inputs = list[int](), list[int]()
         if stem == "bra":
             self.branches.append((len(self.program.instructions), operands[0]))
-            outputs, inputs = [], []
-        elif stem in ("bar", "barrier", "ret", "exit") or name.startswith(("cp.async.commit", "cp.async.wait")):
-            outputs, inputs = [], [int(x, 0) for x in operands]
-            offset, inputs = (inputs[0] if inputs else 0), []
+        elif stem in ("bar", "ret", "exit") or name.startswith(("cp.async.commit", "cp.async.wait")):
+            offset = int(operands[0], 0) if operands else 0
         elif name.startswith("ld.param"):
             offset = int(re.search(r"_param_(\d+)", operands[1])[1])  # type: ignore[index]
-            outputs, inputs = self.numbers(operands[0], 0), []
+            outputs = self.numbers(operands[0], 0)
         else:
             # a store's and an asynchronous copy's operands are all read
             first = 0 if stem in ("st", "stmatrix", "cp") else 1
             outputs = self.numbers(operands[0], 0) if first else []
-            inputs = []
             width = _width(name)
             for operand in operands[first:]:
                 if address := _ADDRESS.fullmatch(operand):
@@ -198,9 +192,7 @@ def _operands(text: str) -> list[str]:
 
 
 def _constant(text: str) -> int:
-    if text[:2] == "0f":
-        return int(text[2:], 16)
-    if text[:2] == "0d":
+    if text[:2] in ("0f", "0d"):
         return int(text[2:], 16)
     if re.fullmatch(r"-?\d+\.\d*", text):
         return int.from_bytes(struct.pack("<f", float(text)), "little")
