@@ -291,7 +291,7 @@ def narrow(
         i = start + tl.arange(0, BLOCK)
         x = entry_at(near, columns, counts, head, i, total, count, PAGE, SPLITS, LEAST, IS_SPREAD)
         is_left = ((i < total) & (x >= low) & (x < end)).to(tl.int32)
-        # never behind where the others are read: the sums before it wait for all of a block's threads
+        # in place, and no farther than was read: the sums wait for all of the block's threads
         tl.store(near + head.to(tl.int64) * columns + found + tl.cumsum(is_left, 0) - 1, x, mask=is_left > 0)
         found += tl.sum(is_left, 0)
     tl.debug_barrier()  # what is left is read by other threads than those that wrote it
