@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from .machine import Machine
 from .memory import global_memory
 from .program import Program, parse
 
-CAPABILITY = 80
+CAPABILITY = int(os.environ.get("PTX_CAPABILITY", "90"))  # or 80
 
 
 class _Driver:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .memory import Fault, Memory, Who, shared_memory
-from .operations import LANES, function_of, unpacked
+from .operations import LANES, accumulated, function_of, left_matrix, numbers_of, unpacked
 from .program import DTYPES, Instruction, Program
 
 Lanes = Any
@@ -291,6 +291,57 @@ class _Team:
         self.shared.store(_address(inputs[0], instruction.offset), rows.reshape(-1, 8), gives, self.who(gives))
         return ()
 
+    def warpgroup(self, instruction: Instruction, inputs: list[Lanes], active: Lanes) -> Sequence[Lanes]:
+        """Products of four warps, each of sixteen rows of the first matrix; done when they begin, not waited for."""
+        name = instruction.name
+        if not name.startswith("wgmma.mma_async"):
+            return ()
+        kind, columns = name.rsplit(".", 1)[1], 2 * len(instruction.outputs)
+        sums, rest = inputs[: len(instruction.outputs)], inputs[len(instruction.outputs) :]
+        if len(rest) < 8:  # both matrices lie in shared memory
+            left = self.matrix(rest[0], 16, 16 * (self.number % 4), False, kind, active)
+            second, keeps, *signs = rest[1:]
+        else:
+            left = left_matrix(tuple(rest[:4]), kind)
+            second, keeps, *signs = rest[4:]
+        turns = [bool(x[0]) for x in signs[2:]]  # of numbers of 16 bits: whether matrices lie by columns
+        if len(turns) == 2 and turns[0]:
+            raise NotImplementedError("a first matrix that lies by columns")
+        right = self.matrix(second, columns, 0, bool(turns) and turns[-1], kind, active)
+        kept = tuple(np.where(keeps != 0, x, np.uint32(0)) for x in sums)
+        return accumulated(left @ right.transpose(0, 2, 1), kept)
+
+    def matrix(self, descriptor: Lanes, rows: int, first: int, is_turned: bool, kind: str, active: Lanes) -> Lanes:
+        """Rows from ``first`` on of a matrix in shared memory, 32 bytes of each, ``[block, rows, columns]``.
+
+        Rows of 128, 64 or 32 bytes, eight a group, whose pieces of 16 change places within it (the manual's swizzling
+        modes); of a turned one they are the columns.
+        """
+        found = descriptor.reshape(self.count, LANES)[:, :1]
+        mode = int(found[active.reshape(self.count, LANES)[:, 0]][0, 0]) >> 62
+        if not mode:
+            raise NotImplementedError("a matrix that is not swizzled")
+        width = 256 >> mode
+        start, leading, stride = (((found.view(np.int64) >> at) & 0x3FFF) << 4 for at in (0, 16, 32))
+        if is_turned:
+            column, piece = np.divmod(np.arange(16 * rows // 8), rows // 8)
+            place = start + column // 8 * stride + column % 8 * width
+            place = place + piece // (width // 16) * leading + piece % (width // 16) * 16
+        else:
+            row, piece = np.divmod(np.arange(2 * rows), 2)
+            place = start + (row + first) // 8 * stride + (row + first) % 8 * width + piece * 16
+        place ^= (place >> 3) & (width - 16)
+        many = place.shape[1]
+        takes = np.repeat(active.reshape(self.count, LANES)[:, 0], many)
+        who = Who(
+            *(np.repeat(x.reshape(self.count, LANES)[:, 0], many)[takes] for x in (self.warp, self.block, self.slot)),
+            self.epoch, self.warps,
+        )  # fmt: skip
+        halves = self.shared.load(place.reshape(-1).astype(np.uint64), 2, 8, takes, who)
+        if is_turned:
+            return numbers_of(halves.reshape(self.count, 16, rows), kind).transpose(0, 2, 1)
+        return numbers_of(halves, kind).reshape(self.count, rows, -1)
+
 
 def _address(register: Lanes, offset: int) -> Lanes:
     return register.astype(np.uint64) + np.uint64(offset % (1 << 64))
@@ -298,4 +349,5 @@ def _address(register: Lanes, offset: int) -> Lanes:
 
 _SPECIAL = {
     "ld.": _Team.load, "ldm": _Team.load, "st.": _Team.store, "stm": _Team.store, "cp.": _Team.copy,
+    "wgm": _Team.warpgroup, "fen": _Team.warpgroup,
 }  # fmt: skip

@@ -375,35 +375,49 @@ def _mma(kinds: list[str], suffixes: list[str], name: str) -> Function:
     many = depth // 4 * 2 // parts  # registers of the first matrix, of eight rows and four or eight columns each
 
     def multiply(*given: Lanes) -> tuple[Lanes, ...]:
-        warps = len(given[0]) // LANES
-        a, b, c = np.zeros((warps, 16, depth)), np.zeros((warps, depth, 8)), np.zeros((warps, 16, 8))
-        left, right = (_fragments(x, kind) for x in (given[:many], given[many : many + many // 2]))
-        for register in range(many):
-            for i in range(parts):
-                column = _PAIR * parts + i + 4 * parts * (register // 2)
-                a[:, _ROW + 8 * (register % 2), column] = left[:, :, register, i]
+        a = left_matrix(given[:many], kind)
+        b = np.zeros((len(a), depth, 8))
+        right = _fragments(given[many : many + many // 2], kind)
         for register in range(many // 2):
             for i in range(parts):
                 b[:, _PAIR * parts + i + 4 * parts * register, _ROW] = right[:, :, register, i]
-        for register, x in enumerate(given[many + many // 2 :]):
-            c[:, _ROW + 8 * (register // 2), _PAIR * 2 + register % 2] = x.view(np.float32).reshape(-1, LANES)
-        found = (a @ b + c).astype(np.float32)
-        return tuple(
-            found[:, _ROW + 8 * (register // 2), _PAIR * 2 + register % 2].reshape(-1).view(np.uint32)
-            for register in range(4)
-        )
+        return accumulated(a @ b, given[many + many // 2 :])
 
     return multiply
+
+
+def left_matrix(registers: tuple[Lanes, ...], kind: str) -> Lanes:
+    """Sixteen rows of a first matrix from the registers of warps, ``[warp, 16, depth]``."""
+    found = _fragments(registers, kind)
+    warps, _, many, parts = found.shape
+    a = np.zeros((warps, 16, 2 * parts * many))
+    for register in range(many):
+        for i in range(parts):
+            a[:, _ROW + 8 * (register % 2), _PAIR * parts + i + 4 * parts * (register // 2)] = found[:, :, register, i]
+    return a
+
+
+def accumulated(product: Lanes, registers: tuple[Lanes, ...]) -> tuple[Lanes, ...]:
+    """Registers of float32 sums, four for each eight columns, with ``product [warp, 16, columns]`` added."""
+    found = []
+    for register, x in enumerate(registers):
+        row, column = _ROW + 8 * (register % 4 // 2), 8 * (register // 4) + _PAIR * 2 + register % 2
+        total = product[:, row, column] + x.view(np.float32).reshape(-1, LANES)
+        found.append(total.astype(np.float32).reshape(-1).view(np.uint32))
+    return tuple(found)
+
+
+def numbers_of(halves: Lanes, kind: str) -> Lanes:
+    """The numbers that 16 bits each make along the last axis; of TF32 half of them."""
+    if kind == "tf32":  # tensor cores do not look at the last 13 bits
+        return (halves.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
+    return _seen(halves, kind).astype(np.float64)
 
 
 def _fragments(registers: tuple[Lanes, ...], kind: str) -> Lanes:
     """Numbers of the warps' registers, ``[warp, lane, register, number]``: one of 19 bits each, or two of 16."""
     bits = np.stack(registers, 1)
-    if kind == "tf32":  # tensor cores do not look at the last 13 bits
-        numbers = (bits & np.uint32(0xFFFFE000)).view(np.float32)[:, :, None]
-    else:
-        numbers = _seen(bits.view(np.uint16).reshape(len(bits), len(registers), 2), kind)
-    return numbers.astype(np.float64).reshape(-1, LANES, *numbers.shape[1:])
+    return numbers_of(bits.view(np.uint16), kind).reshape(-1, LANES, len(registers), 1 if kind == "tf32" else 2)
 
 
 _ROW, _PAIR = _LANE // 4, _LANE % 4

@@ -14,6 +14,7 @@ _PARAM = re.compile(r"\.param\s+\.(\w+)[^,]*?\s(\w+)\s*(?:,|$)")
 _LABEL = re.compile(r"(\$?[\w$]+):\s*")
 _GUARD = re.compile(r"@(!?)(%?[\w]+)\s+")
 _ADDRESS = re.compile(r"\[\s*([%$\w]+)\s*(?:\+\s*(-?\w+))?\s*\]")
+_WAITS = ("cp.async.commit", "cp.async.wait", "wgmma.fence", "wgmma.commit", "wgmma.wait", "fence")
 _WIDTHS = {"pred": 0, "b8": 16, "b16": 16, "b32": 32, "b64": 64, "f32": 32, "f64": 64, "u32": 32, "u64": 64}
 
 DTYPES = {0: np.dtype(np.bool_), 16: np.dtype(np.uint16), 32: np.dtype(np.uint32), 64: np.dtype(np.uint64)}
@@ -125,7 +126,7 @@ class _Reader:
         outputs, inputs = list[int](), list[int]()
         if stem == "bra":
             self.branches.append((len(self.program.instructions), operands[0]))
-        elif stem in ("bar", "ret", "exit") or name.startswith(("cp.async.commit", "cp.async.wait")):
+        elif stem in ("bar", "ret", "exit") or name.startswith(_WAITS):
             offset = int(operands[0], 0) if operands else 0
         elif name.startswith("ld.param"):
             offset = int(re.search(r"_param_(\d+)", operands[1])[1])  # type: ignore[index]
@@ -134,6 +135,7 @@ class _Reader:
             # a store's and an asynchronous copy's operands are all read
             first = 0 if stem in ("st", "stmatrix", "cp") else 1
             outputs = self.numbers(operands[0], 0) if first else []
+            inputs = list(outputs) if stem == "wgmma" else []  # it adds to what is there
             width = _width(name)
             for operand in operands[first:]:
                 if address := _ADDRESS.fullmatch(operand):
