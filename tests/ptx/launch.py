@@ -39,14 +39,13 @@ class _Driver:
 
 
 @contextmanager
-def emulated(seed: int = 0) -> Iterator[list[str]]:
-    """Run Triton kernels on CPU tensors as long as this lasts; yields the names of those launched so far."""
-    launched = list[str]()
+def emulated() -> Iterator[None]:
+    """Run Triton kernels on CPU tensors as long as this lasts."""
 
     def prepare(kernel: CompiledKernel) -> None:
         program = _parsed(kernel.asm["ptx"])
         types = kernel.src.signature
-        machine = Machine(program, max(16, kernel.metadata.shared), seed)
+        machine = Machine(program, max(16, kernel.metadata.shared))
 
         def run(x: int, y: int, z: int, *rest: Any) -> None:
             given = rest[-len(types) :]
@@ -60,15 +59,14 @@ def emulated(seed: int = 0) -> Iterator[list[str]]:
                 bits.append(_bits(kind, value))
             if len(program.parameters) != len(bits) + 2:
                 raise ValueError(f"{program.name} takes {len(program.parameters)} parameters, got {len(bits)} and 2")
-            launched.append(program.name)
             machine.launch((x, y, z), [*bits, 0, 0], global_memory(tensors))
 
         kernel.module = kernel.function = 1
         kernel._run = run
 
-    with mock.patch.object(CompiledKernel, "_init_handles", prepare):
-        triton.runtime.driver.set_active(_Driver())
-        yield launched
+    handles = mock.patch.object(CompiledKernel, "_init_handles", prepare)
+    with handles, mock.patch.object(triton.runtime.driver, "_active", _Driver()):
+        yield
 
 
 @cache

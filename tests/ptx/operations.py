@@ -15,7 +15,6 @@ Function = Callable[..., Any]
 _F = {"f16": np.float16, "f32": np.float32, "f64": np.float64}
 _U = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 _S = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
-_ROUND = {"rn", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi", "ftz", "sat", "approx", "full", "lo", "sync", "relu"}
 LANES = 32  # of a warp
 _LANE = np.arange(LANES)
 _TINY = np.float32(2.0**-126)
@@ -180,17 +179,6 @@ def _shr(kinds: list[str], _suffixes: list[str], _name: str) -> Function:
     return shift
 
 
-def _shf(kinds: list[str], suffixes: list[str], _name: str) -> Function:
-    left = "l" in suffixes
-
-    def shift(low: Lanes, high: Lanes, n: Lanes) -> Lanes:
-        n = (n & 31).astype(np.uint64) if "wrap" in suffixes else np.minimum(n, 32).astype(np.uint64)
-        whole = low.astype(np.uint64) | (high.astype(np.uint64) << np.uint64(32))
-        return ((whole << n) >> np.uint64(32) if left else whole >> n).astype(np.uint32)
-
-    return shift
-
-
 def _bfe(kinds: list[str], _suffixes: list[str], _name: str) -> Function:
     kind = kinds[-1]
 
@@ -202,14 +190,6 @@ def _bfe(kinds: list[str], _suffixes: list[str], _name: str) -> Function:
         return found.astype(np.uint32)
 
     return extract
-
-
-def _bfi(_kinds: list[str], _suffixes: list[str], _name: str) -> Function:
-    def insert(a: Lanes, b: Lanes, at: Lanes, length: Lanes) -> Lanes:
-        mask = (((np.uint64(1) << length.astype(np.uint64)) - np.uint64(1)) << at.astype(np.uint64)).astype(np.uint32)
-        return (b & ~mask) | ((a << at) & mask)
-
-    return insert
 
 
 def _lop3(_kinds: list[str], _suffixes: list[str], _name: str) -> Function:
@@ -323,10 +303,7 @@ def _ex2(_kinds: list[str], suffixes: list[str], _name: str) -> Function:
     return power
 
 
-_lg2 = _simple(lambda a: np.log2(a))
 _sqrt = _simple(lambda a: np.sqrt(a))
-_rcp = _simple(lambda a: np.float32(1) / a)
-_rsqrt = _simple(lambda a: np.float32(1) / np.sqrt(a))
 _popc = _simple(lambda a: np.array([int(x).bit_count() for x in a], a.dtype))
 
 

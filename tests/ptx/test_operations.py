@@ -30,7 +30,6 @@ def bits(*numbers: float, kind: type = np.uint32) -> np.ndarray:
         ("lop3.b32", [bits(0b1100), bits(0b1010), bits(0xFFFFFFF0), bits(0xE4)], 0b1010),  # c ? a : b
         ("lop3.b32", [bits(0b1100), bits(0b1010), bits(0b0110), bits(0x96)], 0b0000),  # a ^ b ^ c
         ("prmt.b32", [bits(0x33221180), bits(0x77665544), bits(0x7080)], 0x7780FF80),
-        ("shf.l.wrap.b32", [bits(0x80000000), bits(1), bits(1)], 3),
         ("max.s32", [bits(2**32 - 1), bits(0)], 0),
         ("setp.ne.f32", [bits(np.nan, kind=np.float32), bits(1.0, kind=np.float32)], 0),
         ("setp.neu.f32", [bits(np.nan, kind=np.float32), bits(1.0, kind=np.float32)], 1),
