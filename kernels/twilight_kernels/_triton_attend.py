@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._triton_tiles import load_query, product, segment, soften
-from ._triton_values import add_weighed, weigh_values
+from ._triton_tiles import exponential, load_halves, load_query, load_rests, product, segment, soften
+from ._triton_values import add_weighed, weigh_codes, weigh_numbers
 
 RUN = 256  # plain tokens of one slot
 
@@ -96,13 +96,16 @@ def plain_kernel(
 
 @triton.jit(do_not_specialize=["min_sparse_len", "columns", "num_listed", "runs"])
 def kept_kernel(
-    logits, positions, limits, value_codes, value_lo, value_step, table, columns, num_pages, candidates, num_listed,
-    parts, tops, sums, kept, tokens, min_sparse_len, kv_heads, slots, runs, PER_KV: tl.constexpr, M: tl.constexpr,
-    DV: tl.constexpr, VP: tl.constexpr, PAGE: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr,
-    NARROW: tl.constexpr, FOLDS: tl.constexpr, PRUNES: tl.constexpr, HAS_PAGES: tl.constexpr, BLOCK: tl.constexpr,
-    T: tl.constexpr, LANES: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
+    logits, split_tops, positions, limits, value_codes, value_lo, value_step, table, columns, num_pages, candidates,
+    num_listed, parts, tops, sums, kept, tokens, min_sparse_len, kv_heads, slots, runs, PER_KV: tl.constexpr,
+    M: tl.constexpr, DV: tl.constexpr, VP: tl.constexpr, PAGE: tl.constexpr, VALUE_BITS: tl.constexpr,
+    GROUP: tl.constexpr, NARROW: tl.constexpr, FOLDS: tl.constexpr, PRUNES: tl.constexpr, HAS_PAGES: tl.constexpr,
+    BLOCK: tl.constexpr, T: tl.constexpr, LANES: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
-    """List what some query head of the KV head keeps of one split, if not all, then attend to it."""
+    """List what some query head of the KV head keeps of one split, if not all, then attend to it.
+
+    Weights are told in the unit of the split's largest logit, which is known: nothing is rescaled on the way.
+    """
     pair, split = tl.program_id(0), tl.program_id(1)
     row, kv_head = pair // kv_heads, pair % kv_heads
     sparse = is_pruned(num_pages, row, min_sparse_len, PAGE)
@@ -123,9 +126,20 @@ def kept_kernel(
             limit = tl.load(limits + pair * PER_KV + g, mask=real, other=float("inf"))
         found = list_kept(head_row, listed, limit, real, first * PAGE, last * PAGE, BLOCK)
     tl.store(kept + pair * SPLITS + split, found)
-    top = tl.full([LANES, M], float("-inf"), tl.float32)
-    total = tl.zeros([LANES, M], tl.float32)
-    acc = tl.zeros([LANES, M, VP], tl.float32)
+    top = tl.load(split_tops + (pair * SPLITS + split) * PER_KV + g, mask=real, other=float("-inf"))
+    base = tl.where(top == float("-inf"), 0.0, top)
+    if FOLDS:
+        is_rest, is_first = load_rests(logits), 0
+        if VALUE_BITS == 3:
+            is_first = load_halves(logits, DV // 8)
+        total = tl.zeros([LANES, T, M], tl.float32)
+        acc = tl.zeros([LANES, M, VP], tl.float32)
+        bias = ()
+        for _group in tl.static_range((DV + GROUP - 1) // GROUP):
+            bias = bias + (total,)
+    else:
+        total = tl.zeros([M, T], tl.float32)
+        acc = tl.zeros([M, VP], tl.float32)
     for start in range(0, found, LANES * T):
         index = start + tl.arange(0, LANES)[:, None] * T + tl.arange(0, T)[None, :]
         exists = index < found
@@ -139,17 +153,35 @@ def kept_kernel(
             page = tl.where(sparse, tl.load(spot, mask=is_listed, other=0), page)
         slot = tl.load(table + row.to(tl.int64) * columns + page, mask=exists, other=0)
         token_head = (slot.to(tl.int64) * kv_heads + kv_head) * PAGE + at % PAGE
-        inside = real[None, :, None] & exists[:, None, :]
-        x = tl.load(head_row[None, :, None] + at[:, None, :], mask=inside, other=float("-inf"))
-        weights, top, total, acc = soften(x, top, total, acc)
-        acc += weigh_values(
-            weights, value_codes, value_lo, value_step, token_head, exists, M, DV, VP, VALUE_BITS, GROUP, NARROW,
-            FOLDS, T, LANES,
-        )  # fmt: skip
-    best = tl.max(top, 0)
-    shrink = tl.exp(top - tl.where(best == float("-inf"), 0.0, best)[None, :])
-    total, acc = tl.sum(total * shrink, 0), tl.sum(acc * shrink[:, :, None], 0)
-    store_part(parts, tops, sums, pair.to(tl.int64) * slots + runs + split, best, total, acc, M, PER_KV, DV, VP)
+        if FOLDS:
+            inside = exists[:, :, None] & real[None, None, :]
+            x = tl.load(head_row[None, None, :] + at[:, :, None], mask=inside, other=float("-inf"))
+            weights = exponential(x - base[None, None, :])
+            total += weights
+            acc, bias = weigh_codes(
+                weights, acc, bias, value_codes, value_lo, value_step, token_head, exists, is_rest, is_first, DV,
+                VALUE_BITS, GROUP,
+            )  # fmt: skip
+        else:
+            inside = real[:, None] & exists
+            x = tl.load(head_row[:, None] + at, mask=inside, other=float("-inf"))
+            weights = exponential(x - base[:, None])
+            total += weights
+            acc += weigh_numbers(
+                weights, value_codes, value_lo, value_step, token_head.reshape(T), exists.reshape(T), DV, VP,
+                VALUE_BITS, GROUP, NARROW,
+            )  # fmt: skip
+    if FOLDS:
+        whole = tl.sum(tl.sum(total, 1), 0)
+        acc = tl.sum(acc, 0)
+        d = tl.arange(0, VP)
+        for group in tl.static_range((DV + GROUP - 1) // GROUP):
+            low = tl.sum(tl.sum(bias[group], 1), 0)
+            acc += tl.where((d // GROUP == group)[None, :], low[:, None], 0.0)
+    else:
+        whole = tl.sum(total, 1)
+    slot = pair.to(tl.int64) * slots + runs + split
+    store_part(parts, tops, sums, slot, tl.where(whole > 0.0, top, float("-inf")), whole, acc, M, PER_KV, DV, VP)
 
 
 @triton.jit

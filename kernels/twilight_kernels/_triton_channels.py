@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._reference_score import CHANNEL_CHUNK
-from ._triton_keys import fold_steps, page_logits, score_launch, score_shape
+from ._triton_key_words import column_logits, load_patterns, query_columns
+from ._triton_keys import score_launch, score_shape, token_logits
 from ._triton_tiles import QUERY, last_contiguous, load_query, power_of_two
 from .layout import KeyPages
 
@@ -83,8 +84,11 @@ def channels_kernel(
     heads = row.to(tl.int64) * row_stride + (kv_head * PER_KV + g) * head_stride
     is_few = (g < PER_KV)[:, None] & is_chosen[None, :]
     few = tl.load(query + heads[:, None] + chosen[None, :], mask=is_few, other=0.0)
-    if BITS != 16:
-        few = few.to(tl.float32) * scaling / q_unit[:, None] * QUERY
+    if BITS != 16:  # by exact powers of two
+        few = few.to(tl.float32) * (scaling / q_unit)[:, None] * QUERY
+    if LANES > 1:
+        patterns = load_patterns(query, BITS, PAGE)
+        few = query_columns(few, patterns[0], query.dtype.element_ty == tl.float32)
     head_row = out + (pair.to(tl.int64) * PER_KV + g) * columns * PAGE
     parts: tl.constexpr = PAGE // T if LANES == 1 else 1  # of a page, one at a time
     for begin in range(first * parts, last * parts, LANES):
@@ -93,17 +97,19 @@ def channels_kernel(
         low, spread = _low_and_spread(codes, lows, steps, page_head, exists, D, DP, PAGE, BITS, T, LANES)
         channel = page_head[:, None] * D + chosen[None, :]
         mask = exists[:, None] & is_chosen[None, :]
+        steps_of, places = (), ((channel, mask),)
         if BITS == 16:
-            high, rest, unit = (few,), (few,), tl.zeros([LANES], tl.float32)
             known = tl.where(is_heavy[None, :], 0.0, low + spread * 0.5)
         else:
-            high, rest, unit = fold_steps((few,), (tl.load(steps + channel, mask=mask, other=0.0).to(tl.float32),))
+            steps_of = (tl.load(steps + channel, mask=mask, other=0.0),)
             known = low + tl.where(is_heavy[None, :], 0.0, spread * (0.5 * ((1 << BITS) - 1)))
         bias = tl.sum(wide[None, :, :] * known[:, None, :], 2)
         if BITS != 16:
             bias *= 1 / QUERY
-        places = ((channel, mask),)
-        tiles = page_logits(codes, places, offset, high, rest, unit, bias, q_unit, M, PAGE, BITS, T, LANES)
+        if LANES == 1:
+            tiles = token_logits(codes, places, offset, (few,), steps_of, bias, q_unit, exists, PAGE, BITS, T)
+        else:
+            tiles = column_logits(codes, places, (few,), patterns, steps_of, bias, q_unit, exists, PAGE, BITS, T, LANES)
         for k in tl.static_range(PAGE // T // parts):
             token = page[:, None] * PAGE + offset + k * T + tl.arange(0, T)[None, :]
             is_head = exists[:, None, None] & (g < PER_KV)[None, :, None]

@@ -145,7 +145,7 @@ def _attend_packed(
         query, *query.stride()[:2], key_pages.codes, key_pages.lo, key_pages.step, table, columns, num_pages, pages,
         _flags(tokens, num_pages), listed or 0, logits, tops, sums, width, scaling, min_sparse_len, kv_heads,
         **shape, HAS_PAGES=listed is not None, HAS_TOKENS=tokens is not None,
-        **splits, **logits_launch(shape, tokens is not None),
+        **splits, **logits_launch(shape, tokens is not None, is_wide),
     )  # fmt: skip
     limits, needed, masses = sums, num_pages, sums  # read by nobody at p = 1
     if p < 1.0:
@@ -159,7 +159,7 @@ def _attend_packed(
     codec = value_pages.codec
     shape = value_shape(value_pages.head_dim, codec.bits, codec.group_size, per_kv, is_wide)
     kept_kernel[grid](
-        logits, positions, limits, value_pages.codes, value_pages.lo, value_pages.step, table, columns, num_pages,
+        logits, tops, positions, limits, value_pages.codes, value_pages.lo, value_pages.step, table, columns, num_pages,
         pages, listed or 0, *parts, kept, width, min_sparse_len, kv_heads, slots, runs, PAGE=page_size,
         HAS_PAGES=listed is not None, PRUNES=p < 1.0, BLOCK=BLOCK // 4, **shape, **splits,
         **value_launch(shape, is_wide),

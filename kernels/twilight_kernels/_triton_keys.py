@@ -1,10 +1,9 @@
 """Logits of packed pages on a GPU, from their codes as they are.
 
-Whole words of packed codes are read once, and codes are neither shifted nor converted nor scaled: a code's bits, left
-where they are, are a float16 number below the normal ones, which tensor cores multiply exactly. Powers of two and the
-channels' steps are folded into the query, and into what comes out. One warp takes one page. Of codes of three bits the
-third comes from a plane of its own. Raw keys, and codes of pages too large for registers, which are unpacked, are read
-in parts by all warps.
+Codes are neither shifted nor converted nor scaled: a code's bits, left where they are, are a float16 number below the
+normal ones, which tensor cores multiply exactly. Powers of two and the channels' steps are folded into the query, and
+into what comes out. A warp takes a page and reads its words once (``_triton_key_words``). Raw keys, and codes of pages
+too large for registers, which are unpacked, are read in parts by all warps.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._triton_key_words import exact_columns, load_patterns, query_columns, score_columns
 from ._triton_tiles import (
     CODE,
     FEW_REGISTERS,
@@ -20,20 +20,14 @@ from ._triton_tiles import (
     channel_parts,
     exact_unit,
     field_bits,
-    join_tiles,
-    masked,
-    nibble_words,
-    odd_bytes,
+    load_query,
     power_of_two,
     product,
-    stack,
-    stacked_product,
     tile_tokens,
     unpack_codes,
 )
 
 WARPS = tl.constexpr(4)
-LOW_COLUMNS = tl.constexpr(8)  # as many as a tile of tensor cores has; all of them the same
 _WORDS = 2048  # of a page, as many as a warp has registers for: 64 tokens of 128 channels, four bits each
 
 
@@ -49,23 +43,22 @@ def score_shape(page_size: int, dim: int, bits: int, per_kv: int) -> dict[str, i
     if not is_whole:
         tokens = min(page_size, tile_tokens(main) // (2 if bits == 16 else 1))
     return {
-        "PAGE": page_size, "BITS": bits, **channels, "PER_KV": per_kv, "M": max(8, heads),
+        "PAGE": page_size, "BITS": bits, **channels, "PER_KV": per_kv, "M": max(4 if is_whole else 8, heads),
         "LANES": 4 if is_whole else 1, "T": tokens,
     }  # fmt: skip
 
 
-def logits_launch(shape: dict[str, int], has_tokens: bool) -> dict[str, int]:
+def logits_launch(shape: dict[str, int], has_tokens: bool, is_wide: bool) -> dict[str, int]:
     """How to launch ``logits_kernel``: ``score_launch``, with few registers where they are enough for it."""
-    is_small = shape["LANES"] > 1 and _words(shape["PAGE"], shape["DP"], shape["BITS"]) <= _WORDS // 2
-    registers = {"maxnreg": FEW_REGISTERS} if is_small and not has_tokens else {}
-    return {**score_launch(shape, has_tokens), **registers}
+    fits = shape["BITS"] != 3 or not (has_tokens or shape["RP"])
+    registers = {"maxnreg": FEW_REGISTERS} if shape["LANES"] > 1 and fits and not is_wide else {}
+    return {**score_launch(shape), **registers}
 
 
-def score_launch(shape: dict[str, int], has_tokens: bool = False) -> dict[str, int]:
+def score_launch(shape: dict[str, int]) -> dict[str, int]:
     """How to launch a kernel of ``score_shape``: a warp takes a page, or two where one has not enough registers."""
-    is_whole, words = shape["LANES"] > 1, _words(shape["PAGE"], shape["DP"], shape["BITS"])
-    if has_tokens and shape["BITS"] == 3 and not shape["RP"]:  # their flags are more than fits beside both planes
-        words += 1
+    is_whole = shape["LANES"] > 1
+    words = _words(shape["PAGE"], shape["DP"], shape["BITS"])
     is_large = words > _WORDS if is_whole else shape["M"] * shape["DP"] > 2048
     return {"num_warps": 8 if is_large else 4, "num_stages": 1 if is_whole else 2, "maxnreg": REGISTERS}
 
@@ -76,98 +69,102 @@ def _words(page_size: int, channels: int, bits: int) -> int:
 
 
 @triton.jit
+def load_key_query(
+    query, row_stride, head_stride, row, kv_head, scaling, PER_KV: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, RP: tl.constexpr, PAGE: tl.constexpr, BITS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Query heads of one KV head as ``score_pages`` takes them (three things), and their logits' factors ``[M]``."""
+    q, q_unit = load_query(query, row_stride, head_stride, row, kv_head, scaling, PER_KV, M, D, DP, RP, BITS == 16)
+    if LANES == 1:
+        return q, q, q, q_unit
+    else:
+        patterns = load_patterns(query, BITS, PAGE)
+        columns, low_columns = (), ()
+        for k in tl.static_range(len(q)):
+            column = query_columns(q[k], patterns[0], query.dtype.element_ty == tl.float32)
+            columns, low_columns = columns + (column,), low_columns + (exact_columns(column, patterns[0]),)
+        return columns, low_columns, patterns, q_unit
+
+
+@triton.jit
 def score_pages(
-    q, q_unit, codes, lows, steps, page_head, exists, offset, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    q, low_q, patterns, q_unit, codes, lows, steps, page_head, exists, offset, D: tl.constexpr, DP: tl.constexpr,
     PAGE: tl.constexpr, BITS: tl.constexpr, T: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Logits of pages ``page_head [L]`` of one KV head, where they exist; see ``page_logits``."""
+    """Logits of pages ``page_head [L]`` of one KV head: a tuple of tiles ``[L, M, T]``, in order; of a single page one,
+    from ``offset`` on. What does not exist is ``-inf``.
+    """
+    if LANES == 1:
+        return score_tokens(q, q_unit, codes, lows, steps, page_head, exists, offset, D, DP, PAGE, BITS, T)
+    else:
+        return score_columns(
+            q, low_q, patterns, q_unit, codes, lows, steps, page_head, exists, D, DP, PAGE, BITS, T, LANES
+        )  # fmt: skip
+
+
+@triton.jit
+def score_tokens(
+    q, q_unit, codes, lows, steps, page_head, exists, offset, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr,
+    BITS: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Logits of the tokens of a page from ``offset`` on, see ``token_logits``."""
     places, widths = (), ()
-    bias = tl.zeros([LANES, M], tl.float32)
+    bias = tl.zeros([1, q[0].shape[0]], tl.float32)
     for k in tl.static_range(len(q)):
         d = k * DP + tl.arange(0, q[k].shape[1])
         mask = exists[:, None] & (d < D)[None, :]
         channel = page_head[:, None] * D + d[None, :]
         places = places + ((channel, mask),)
         if BITS != 16:
-            widths = widths + (tl.load(steps + channel, mask=mask, other=0.0).to(tl.float32),)
-            bias += low_products(q[k], tl.load(lows + channel, mask=mask, other=0.0))
-    if BITS == 16:
-        highs, rests, unit = q, q, tl.zeros([LANES], tl.float32)
-    else:
-        highs, rests, unit = fold_steps(q, widths)
-    return page_logits(codes, places, offset, highs, rests, unit, bias, q_unit, M, PAGE, BITS, T, LANES)
+            widths = widths + (tl.load(steps + channel, mask=mask, other=0.0),)
+            low = tl.load(lows + channel, mask=mask, other=0.0).to(tl.float32)
+            bias += tl.sum(q[k][None, :, :] * low[:, None, :], 2) * (1 / QUERY)
+    return token_logits(codes, places, offset, q, widths, bias, q_unit, exists, PAGE, BITS, T)
 
 
 @triton.jit
-def low_products(q, low):
-    """What the least numbers ``low [L, C]`` of pages' channels add to the logits of ``q [M, C]``, ``[L, M]``."""
-    if low.shape[0] == 1:  # all warps share a page, and the work
-        return tl.sum(q[None, :, :] * low.to(tl.float32)[:, None, :], 2) * (1 / QUERY)
+def token_logits(
+    codes, places, offset, q, steps, bias, q_unit, exists, PAGE: tl.constexpr, BITS: tl.constexpr, T: tl.constexpr
+):
+    """A tile ``[1, M, T]`` of a page, in a tuple.
+
+    Args:
+        codes, places: pages, and for each part of the channels the rows ``[1, C]`` of the page, and which to read.
+        q: ``[M, C]`` of each part, see ``load_query``.
+        steps: ``[1, C]`` of each part; raw keys have none.
+        bias: ``[1, M]`` what the rows' least numbers, and channels that are not read, add.
+        q_unit: ``[M]`` what logits are multiplied by.
+        exists: ``[1]`` whether there is such a page.
+    """
+    found = tl.zeros([q_unit.shape[0], T], tl.float32)
+    if BITS == 16:
+        for k in tl.static_range(len(q)):
+            found += token_products(codes, places[k], offset, q[k], q[k], PAGE, BITS, T)
     else:
-        high, rest = halves(tl.broadcast_to(q[None, :, :], (low.shape[0], q.shape[0], q.shape[1])))
-        columns = tl.broadcast_to(low[:, :, None], (low.shape[0], low.shape[1], LOW_COLUMNS))
-        return tl.max(stacked_product(stack(high, rest), columns), 2) * (1 / QUERY)  # of equal columns any
+        highs, rests, unit = fold_steps(q, steps)
+        for k in tl.static_range(len(q)):
+            found += token_products(codes, places[k], offset, highs[k], rests[k], PAGE, BITS, T)
+        found *= tl.max(unit, 0) * CODE
+    logits = (found + tl.max(bias, 0)[:, None]) * q_unit[:, None]
+    return (tl.where(exists[:, None, None], logits[None, :, :], float("-inf")),)
 
 
 @triton.jit
 def fold_steps(q, steps):
-    """Fold steps ``[L, C]`` of channels into the query ``[M, C]``: two float16 parts ``[L, M, C]``, and their unit.
+    """Fold steps ``[1, C]`` of channels into the query ``[M, C]``: two float16 parts ``[1, M, C]``, and their unit.
 
     All but the unit are tuples, of the parts of the channels.
     """
-    largest = tl.max(steps[0], 1)
+    largest = tl.max(steps[0].to(tl.float32), 1)
     for k in tl.static_range(1, len(q)):
-        largest = tl.maximum(largest, tl.max(steps[k], 1))
+        largest = tl.maximum(largest, tl.max(steps[k].to(tl.float32), 1))
     unit, inverse = exact_unit(largest)
     highs, rests = (), ()
     for k in tl.static_range(len(q)):
-        high, rest = halves(q[k][None, :, :] * (steps[k] * inverse[:, None])[:, None, :])
-        highs, rests = highs + (high,), rests + (rest,)
+        folded = q[k][None, :, :] * (steps[k].to(tl.float32) * inverse[:, None])[:, None, :]
+        high = folded.to(tl.float16)
+        highs, rests = highs + (high,), rests + ((folded - high.to(tl.float32)).to(tl.float16),)
     return highs, rests, unit * (1 / QUERY)
-
-
-@triton.jit
-def halves(x):
-    """Two float16 numbers whose sum is ``x``, but for rounding of 22 bits."""
-    high = x.to(tl.float16)
-    return high, (x - high.to(tl.float32)).to(tl.float16)
-
-
-@triton.jit
-def page_logits(
-    codes, places, offset, high, rest, unit, bias, q_unit, M: tl.constexpr, PAGE: tl.constexpr, BITS: tl.constexpr,
-    T: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """Logits of the tokens of pages: a tuple of tiles ``[L, M, T]`` in order; of a single page one, from ``offset`` on.
-
-    Args:
-        codes, places: pages, and for each part of the channels the rows ``[L, C]`` of them, and which are to be read.
-        high, rest, unit: the query, with the rows' steps (see ``fold_steps``); raw keys have none.
-        bias: ``[L, M]`` what the rows' least numbers, and channels that are not read, add.
-        q_unit: ``[M]`` what logits are multiplied by.
-    """
-    tiles = ()
-    if LANES == 1:
-        found = tl.zeros([M, T], tl.float32)
-        for k in tl.static_range(len(places)):
-            found += token_products(codes, places[k], offset, high[k], rest[k], PAGE, BITS, T)
-        found = found.reshape(LANES, M, T)
-        if BITS != 16:
-            found *= (unit * CODE)[:, None, None]
-        tiles = ((found + bias[:, :, None]) * q_unit[None, :, None],)
-    else:
-        field: tl.constexpr = 2 if BITS == 3 else BITS
-        columns: tl.constexpr = PAGE * field // 16
-        stacked, words, odd_words = (), (), ()
-        for k in tl.static_range(len(places)):
-            even, odd = load_words(codes, places[k], PAGE, BITS, columns)
-            stacked, words, odd_words = stacked + (stack(high[k], rest[k]),), words + (even,), odd_words + (odd,)
-        found = word_products(stacked, words, odd_words, unit * CODE, BITS, LANES, M, columns)
-        for k in tl.static_range(8 // field):
-            tiles = tiles + ((found[k] + bias[:, :, None]) * q_unit[None, :, None],)
-        if 2 * columns < T:
-            tiles = (join_tiles(tiles, LANES, M, T, 8 // field),)
-    return tiles
 
 
 @triton.jit
@@ -195,57 +192,3 @@ def token_products(codes, place, offset, high, rest, PAGE: tl.constexpr, BITS: t
 def shares(q, M: tl.constexpr, W: tl.constexpr):
     """The channels of one query ``[M, C]``, or ``[1, M, C]``, in shares ``[W, M, C / W]``."""
     return tl.permute(q.reshape(M, W, q.numel // (M * W)), (1, 0, 2))
-
-
-@triton.jit
-def load_words(codes, place, PAGE: tl.constexpr, BITS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Words of codes ``[L, C, COLUMNS]``; of three bits those of the even planes, and of the odd ones."""
-    channel, mask = place
-    row = codes.to(tl.pointer_type(tl.uint16), bitcast=True) + (channel * (PAGE * BITS // 16))[:, :, None]
-    column = tl.arange(0, COLUMNS)[None, None, :]
-    words = tl.load(row + column, mask=mask[:, :, None], other=0)
-    if BITS == 3:
-        highs = tl.load(row + COLUMNS + column % (COLUMNS // 2), mask=mask[:, :, None], other=0)
-        return nibble_words(words, highs, column, COLUMNS // 2)
-    else:
-        return words, words
-
-
-@triton.jit
-def word_products(
-    stacked, words, odd_words, unit, BITS: tl.constexpr, LANES: tl.constexpr, M: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
-    """Products with the codes of words ``[L, C, COLUMNS]``: for each plane of their bytes a tile, in order.
-
-    A word holds two bytes, neighbours in every plane. A code stays where it is in its byte and is taken for the bits
-    of a float16: one below its normal numbers, and exact in products all the same. Of three bits ``nibble_words`` made
-    words of the even planes and ``odd_words`` of the odd ones.
-    """
-    count: tl.constexpr = 2 if BITS == 3 else 8 // BITS  # codes of a byte
-    width: tl.constexpr = 4 if BITS == 3 else BITS
-    sets: tl.constexpr = 2 if BITS == 3 else 1
-    even, odd, tiles = (), (), ()
-    for k in tl.static_range(count):
-        even = even + (code_products(stacked, words, k * width, BITS, False),)
-    for k in tl.static_range(count):
-        odd = odd + (code_products(stacked, words, k * width, BITS, True),)
-    if BITS == 3:
-        for k in tl.static_range(count):
-            even = even + (code_products(stacked, odd_words, k * width, BITS, False),)
-        for k in tl.static_range(count):
-            odd = odd + (code_products(stacked, odd_words, k * width, BITS, True),)
-    for k in tl.static_range(count):
-        for turn in tl.static_range(sets):
-            found = tl.join(even[turn * count + k], odd[turn * count + k]).reshape(LANES, M, 2 * COLUMNS)
-            tiles = tiles + (found * (unit * (1.0 / (1 << (k * width))))[:, None, None],)
-    return tiles
-
-
-@triton.jit
-def code_products(stacked, words, SHIFT: tl.constexpr, BITS: tl.constexpr, IS_ODD: tl.constexpr):
-    """Products with the codes that lie at bit ``SHIFT`` of the lower bytes of words, or of the upper ones."""
-    both = tl.zeros([stacked[0].shape[0], stacked[0].shape[1], words[0].shape[2]], tl.float32)
-    for k in tl.static_range(len(words)):
-        codes = masked(odd_bytes(words[k]) if IS_ODD else words[k], ((1 << BITS) - 1) << SHIFT)
-        both += product(stacked[k], codes.to(tl.float16, bitcast=True))
-    return tl.sum(both.reshape(both.shape[0], 2, both.shape[1] // 2, both.shape[2]), 1)

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from ._triton_attend import is_pruned
-from ._triton_keys import score_pages
-from ._triton_tiles import load_query, segment
+from ._triton_keys import load_key_query, score_pages
+from ._triton_tiles import exponential, segment
 
 
 @triton.jit(do_not_specialize=["min_sparse_len", "columns", "num_listed"])
@@ -26,11 +26,14 @@ def logits_kernel(
     if HAS_PAGES:
         count = tl.where(is_listed, num_listed, count)
     first, last = segment(count, split, SPLITS, LEAST)
-    q, q_unit = load_query(query, row_stride, head_stride, row, kv_head, scaling, PER_KV, M, D, DP, RP, BITS == 16)
+    q, low_q, patterns, q_unit = load_key_query(
+        query, row_stride, head_stride, row, kv_head, scaling, PER_KV, M, D, DP, RP, PAGE, BITS, LANES
+    )  # fmt: skip
     g = tl.arange(0, M)
     head_row = out + (pair.to(tl.int64) * PER_KV + g) * tokens
-    top = tl.full([LANES, M], float("-inf"), tl.float32)
-    total = tl.zeros([LANES, M], tl.float32)
+    # of each place in a tile, so that threads are compared and added up once, at the end
+    top = tl.full([LANES, M, T], float("-inf"), tl.float32)
+    total = tl.zeros([LANES, M, T], tl.float32)
     parts: tl.constexpr = PAGE // T if LANES == 1 else 1  # of a page, one at a time
     for begin in range(first * parts, last * parts, LANES):
         position, offset = (begin + tl.arange(0, LANES)) // parts, begin % parts * T
@@ -45,27 +48,30 @@ def logits_kernel(
         slot = tl.load(table + row.to(tl.int64) * columns + page, mask=exists, other=0)
         exists = exists & (slot >= 0)
         page_head = slot.to(tl.int64) * kv_heads + kv_head
-        tiles = score_pages(q, q_unit, codes, lows, steps, page_head, exists, offset, M, D, DP, PAGE, BITS, T, LANES)
+        tiles = score_pages(
+            q, low_q, patterns, q_unit, codes, lows, steps, page_head, exists, offset, D, DP, PAGE, BITS, T, LANES
+        )  # fmt: skip
         scored = ()
         new_top = top
         for k in tl.static_range(PAGE // T // parts):
             t = offset + k * T + tl.arange(0, T)
-            taken = tl.broadcast_to(exists[:, None], (LANES, T))
+            logits = tiles[k]
             if HAS_TOKENS:
-                mask = taken & (t < tl.where(is_listed, PAGE, 0))[None, :]
-                taken = taken & (tl.load(candidate_tokens + spot[:, None] * PAGE + t[None, :], mask=mask, other=1) != 0)
-            logits = tl.where(taken[:, None, :], tiles[k], float("-inf"))
+                mask = exists[:, None] & (t < tl.where(is_listed, PAGE, 0))[None, :]
+                taken = tl.load(candidate_tokens + spot[:, None] * PAGE + t[None, :], mask=mask, other=1) != 0
+                logits = tl.where(taken[:, None, :], logits, float("-inf"))
             place = head_row[None, :, None] + (position[:, None] * PAGE + t[None, :])[:, None, :]
             tl.store(place, logits, mask=within[:, None, None] & (g < PER_KV)[None, :, None])
-            new_top = tl.maximum(new_top, tl.max(logits, 2))
+            new_top = tl.maximum(new_top, logits)
             scored = scored + (logits,)
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp(top - base)
+        total = total * exponential(top - base)
         for k in tl.static_range(PAGE // T // parts):
-            total += tl.sum(tl.exp(scored[k] - base[:, :, None]), 2)
+            total += exponential(scored[k] - base)
         top = new_top
-    best = tl.max(top, 0)
-    whole = tl.sum(total * tl.exp(top - tl.where(best == float("-inf"), 0.0, best)[None, :]), 0)
+    best = tl.max(tl.max(top, 2), 0)
+    base = tl.where(best == float("-inf"), 0.0, best)
+    whole = tl.sum(tl.sum(total * exponential(top - base[None, :, None]), 2), 0)
     place = (pair * SPLITS + split) * PER_KV + g
     tl.store(tops + place, best, mask=g < PER_KV)
     tl.store(sums + place, whole, mask=g < PER_KV)

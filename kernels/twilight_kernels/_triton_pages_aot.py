@@ -39,7 +39,8 @@ CONFIGURATIONS = (
 _TYPES = {
     **dict.fromkeys(("key_lo", "key_step", "value_lo", "value_step", "lows", "steps"), "*fp16"),
     **dict.fromkeys(
-        ("parts", "tops", "sums", "plain_tops", "plain_sums", "logits", "near", "limits", "masses"), "*fp32"
+        ("parts", "tops", "split_tops", "sums", "plain_tops", "plain_sums", "logits", "near", "limits", "masses"),
+        "*fp32",
     ),
     **dict.fromkeys(("table", "plain_table", "num_pages", "plain_len", "candidates", "positions", "kept"), "*i32"),
     **dict.fromkeys(("counts", "limit_counts", "lengths"), "*i32"),
@@ -80,7 +81,7 @@ def _decode_cases(configuration: tuple[Any, ...], is_listed: bool) -> list[AotCa
         _case(name, plain_kernel, types, dtype, plain, num_warps=warps_for(is_wide, largest), maxnreg=REGISTERS),
         _case(
             name, logits_kernel, codes, dtype, scored, splits, listed,
-            **logits_launch(scored, is_listed),
+            **logits_launch(scored, is_listed, is_wide),
         ),
         *(
             _case(

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton_keys import score_launch, score_pages, score_shape
+from ._triton_keys import load_key_query, score_launch, score_pages, score_shape
 from ._triton_tiles import (
     LEAST_TOKENS,
     REGISTERS,
@@ -21,7 +21,6 @@ from ._triton_tiles import (
     channel_parts,
     grid_splits,
     last_contiguous,
-    load_query,
     segment,
 )
 from .layout import KeyPages
@@ -92,7 +91,9 @@ def _key_logits_kernel(
     first, last = segment(tl.load(num_pages + row), tl.program_id(1), SPLITS, LEAST)
     if first >= last:
         return
-    q, q_unit = load_query(query, row_stride, head_stride, row, kv_head, scaling, PER_KV, M, D, DP, RP, BITS == 16)
+    q, low_q, patterns, q_unit = load_key_query(
+        query, row_stride, head_stride, row, kv_head, scaling, PER_KV, M, D, DP, RP, PAGE, BITS, LANES
+    )  # fmt: skip
     g = tl.arange(0, M)
     head_row = out + (pair.to(tl.int64) * PER_KV + g) * columns * PAGE
     parts: tl.constexpr = PAGE // T if LANES == 1 else 1  # of a page, one at a time
@@ -101,7 +102,9 @@ def _key_logits_kernel(
         exists = page < last
         slot = tl.load(table + row.to(tl.int64) * columns + page, mask=exists, other=0)
         page_head = slot.to(tl.int64) * kv_heads + kv_head
-        tiles = score_pages(q, q_unit, codes, lows, steps, page_head, exists, offset, M, D, DP, PAGE, BITS, T, LANES)
+        tiles = score_pages(
+            q, low_q, patterns, q_unit, codes, lows, steps, page_head, exists, offset, D, DP, PAGE, BITS, T, LANES
+        )  # fmt: skip
         for k in tl.static_range(PAGE // T // parts):
             token = page[:, None] * PAGE + offset + k * T + tl.arange(0, T)[None, :]
             mask = exists[:, None, None] & (g < PER_KV)[None, :, None]

@@ -67,12 +67,40 @@ def last_contiguous(x: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def product(a, b):
-    """``a @ b`` in float32, exact products of float16, bfloat16 or float32 numbers."""
+def product(a, b, acc=None):
+    """``a @ b``, added to ``acc``, in float32, exact products of float16, bfloat16 or float32 numbers."""
     if _WIDENS:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def rounding_of_product(a, b, unit, is_rest):
+    """``a * (b * unit)`` of float16 numbers, or what rounding left of it where ``is_rest`` is not 0.0 but -1.0."""
+    if _WIDENS:
+        b = b * unit
+        high = a * b
+        exact = a.to(tl.float32) * b.to(tl.float32)
+        return tl.where(is_rest != 0.0, (exact - high.to(tl.float32)).to(tl.float16), high)
+    else:  # a fused multiplication knows the product that it takes the rounded one from
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 x, y;
+            mul.rn.f16x2 y, $2, $3; mul.rn.f16x2 x, $1, y; mul.rn.f16x2 x, x, $4; fma.rn.f16x2 $0, $1, y, x; }""",
+            "=r,r,r,r,r", [a, b, unit, is_rest], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+
+
+@triton.jit
+def exponential(x):
+    """``exp(x)``, and zero where that is below float32's normal numbers, which cost as much again."""
+    powers = x * 1.4426950408889634
+    if _WIDENS:
+        return tl.exp2(powers)
+    else:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=r,r", [powers], dtype=tl.float32, is_pure=True, pack=1
+        )  # fmt: skip
 
 
 @triton.jit
@@ -114,7 +142,7 @@ def load_query(
 ):  # fmt: skip
     """Query heads of one KV head, ``[M, C]`` of each part of the channels, and their logits' factors ``[M]``.
 
-    For packed keys they are scaled by a power of two to below 2 * ``QUERY``, their factors to below 2.
+    For packed keys they are scaled by powers of two to below 2 * ``QUERY``.
     """
     g = tl.arange(0, M)
     exists = g < PER_KV
@@ -128,12 +156,12 @@ def load_query(
         largest = tl.zeros([M], tl.float32)
         wide, scaled = (), ()
         for k in tl.static_range(len(parts)):
-            wide = wide + (parts[k].to(tl.float32) * scaling,)
+            wide = wide + (parts[k].to(tl.float32),)
             largest = tl.maximum(largest, tl.max(tl.abs(wide[k]), 1))
         unit, inverse = exact_unit(largest)
         for k in tl.static_range(len(parts)):
             scaled = scaled + (wide[k] * inverse[:, None] * QUERY,)
-        return scaled, unit
+        return scaled, unit * scaling
 
 
 @triton.jit
@@ -144,16 +172,29 @@ def load_heads(heads, exists, FIRST: tl.constexpr, D: tl.constexpr, C: tl.conste
 
 
 @triton.jit
-def stack(high, rest):
-    """Rows of two matrices ``[L, M, C]`` below one another: a tile of tensor cores has 16, few heads leave room."""
-    return tl.permute(tl.join(high, rest), (0, 3, 1, 2)).reshape(high.shape[0], 2 * high.shape[1], high.shape[2])
+def load_rests(place):
+    """Which of two columns is what rounding left, -1.0 for 0.0, ``[1, 1, 1, 2]``, see ``loaded``."""
+    part = tl.arange(0, 2)[None, None, None, :]
+    return loaded(tl.where(part == 0, 0.0, -1.0).to(tl.float16), part > 1, place)
 
 
 @triton.jit
-def stacked_product(stacked, b):
-    """``high @ b + rest @ b`` in float32, ``[L, M, N]``."""
-    both = product(stacked, b)
-    return tl.sum(both.reshape(both.shape[0], 2, both.shape[1] // 2, both.shape[2]), 1)
+def heads_of(found):
+    """Sums of the two columns of each head, ``[L, R, 2 * M]`` to ``[L, R, M]``."""
+    return tl.sum(found.reshape(found.shape[0], found.shape[1], found.shape[2] // 2, 2), 3)
+
+
+@triton.jit
+def code_rows(words, SHIFT: tl.constexpr, BITS: tl.constexpr):
+    """Codes at bit ``SHIFT`` of the lower and of the upper bytes of words ``[L, K, W]``, as rows ``[L, 2 * W, K]``.
+
+    A word holds two bytes, neighbours in every plane. A code stays where it is in its byte and is taken for the bits
+    of a float16: one below its normal numbers, and exact in products all the same.
+    """
+    even = masked(words, ((1 << BITS) - 1) << SHIFT)
+    odd = masked(odd_bytes(words), ((1 << BITS) - 1) << SHIFT)
+    rows = tl.permute(tl.join(even, odd).to(tl.float16, bitcast=True), (0, 3, 2, 1))
+    return rows.reshape(words.shape[0], 2 * words.shape[2], words.shape[1])
 
 
 @triton.jit
@@ -180,18 +221,18 @@ def odd_bytes(words):
 
 
 @triton.jit
-def nibble_words(words, highs, column, HALF: tl.constexpr):
+def nibble_words(words, highs, is_first):
     """Words of codes of three bits, one in every four: those of the even fields, and of the odd ones.
 
-    The plane of two bits has twice the words of the plane of one, ``highs``: word ``column`` belongs to word
-    ``column % HALF`` of them, and takes its even bits in the first half of the columns, its odd bits in the other.
+    The plane of two bits has twice the words of the plane of one, ``highs``: word ``c`` belongs to word
+    ``c % (count / 2)`` of them, and takes its even bits in the first half of the columns (see ``load_halves``), its odd
+    bits in the other.
     """
     if _WIDENS:
-        turn = (column // HALF).to(tl.uint16)
+        turn = (is_first == 0).to(tl.uint16)
         even = (words & 0x3333) | ((highs << (2 - turn)) & 0x4444)
         odd = ((words >> 2) & 0x3333) | ((highs >> turn) & 0x4444)
     else:  # two words an instruction, as in masked; the fourth bits of the codes are left to it
-        is_first = tl.where(column < HALF, 0xFFFF, 0).to(tl.uint16)
         even, odd = tl.inline_asm_elementwise(
             """{ .reg .b32 x, y, z;
             shl.b32 x, $3, 2; shl.b32 y, $3, 1; lop3.b32 x, x, y, $4, 0xE4; lop3.b32 $0, $2, x, 0x33333333, 0xE4;
@@ -200,6 +241,31 @@ def nibble_words(words, highs, column, HALF: tl.constexpr):
             is_pure=True, pack=2,
         )  # fmt: skip
     return even, odd
+
+
+@triton.jit
+def repeated(x):
+    """Columns ``[L, K, W]`` twice, ``[L, K, 2 * W]``."""
+    both = tl.broadcast_to(x[:, :, None, :], (x.shape[0], x.shape[1], 2, x.shape[2]))
+    return both.reshape(x.shape[0], x.shape[1], 2 * x.shape[2])
+
+
+@triton.jit
+def load_halves(place, COLUMNS: tl.constexpr):
+    """All bits where a column is of the first half, else none, ``[1, 1, COLUMNS]``."""
+    column = tl.arange(0, COLUMNS)[None, None, :]
+    return loaded(tl.where(column < COLUMNS // 2, 0xFFFF, 0).to(tl.uint16), column >= COLUMNS, place)
+
+
+@triton.jit
+def loaded(pattern, never, place):
+    """``pattern``, as if it were loaded from ``place``, which is read where ``never`` is true.
+
+    The compiler moves changes of layout across loads, but not across numbers of lanes: what is multiplied with such a
+    pattern would pass through shared memory on its way to tensor cores.
+    """
+    places = place.to(tl.pointer_type(pattern.dtype), bitcast=True) + tl.zeros(pattern.shape, tl.int32)
+    return tl.load(places, mask=never, other=pattern)
 
 
 @triton.jit

@@ -12,20 +12,21 @@ import triton.language as tl
 from ._triton_tiles import (
     CODE,
     REGISTERS,
+    code_rows,
     exact_unit,
     field_bits,
+    heads_of,
     join_tiles,
-    masked,
     nibble_words,
-    odd_bytes,
     power_of_two,
     product,
-    stack,
-    stacked_product,
+    repeated,
     tile_tokens,
     unpack_codes,
     warps_for,
 )
+
+LEAST_STEP = tl.constexpr(2.0**-24)  # above zero of float16
 
 
 def value_shape(dim: int, bits: int, group: int, per_kv: int, is_wide: bool) -> dict[str, int]:
@@ -38,7 +39,8 @@ def value_shape(dim: int, bits: int, group: int, per_kv: int, is_wide: bool) -> 
         and power_of_two(per_kv) * dim <= (1024 if bits == 3 else 2048)
     )  # fmt: skip
     return {
-        "PER_KV": per_kv, "M": max(8, power_of_two(per_kv)), "DV": dim, "VP": max(16, power_of_two(dim)),
+        "PER_KV": per_kv, "M": max(4 if folds else 8, power_of_two(per_kv)),
+        "DV": dim, "VP": max(16, power_of_two(dim)),
         "VALUE_BITS": bits, "GROUP": group, "NARROW": not is_wide, "FOLDS": folds, "LANES": 4 if folds else 1,
         "T": (32 if dim <= 128 else 16) if folds else min(32, tile_tokens(dim, is_wide or dim > 128)),
     }  # fmt: skip
@@ -84,70 +86,75 @@ def load_values(
 
 
 @triton.jit
-def weigh_values(
-    weights, codes, lows, steps, token_head, exists, M: tl.constexpr, DV: tl.constexpr, VP: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, NARROW: tl.constexpr, FOLDS: tl.constexpr, T: tl.constexpr,
-    LANES: tl.constexpr,
+def weigh_codes(
+    weights, acc, bias, codes, lows, steps, token_head, exists, is_rest, is_first, DV: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """``weights [L, M, T] @ values`` of the tokens ``token_head [L, T]`` that exist, ``[L, M, VP]``."""
-    if not FOLDS:
-        values = load_values(
-            codes, lows, steps, token_head.reshape(T), exists.reshape(T), DV, VP, BITS, GROUP, NARROW
-        )  # fmt: skip
-        found = add_weighed(weights.reshape(M, T), values, tl.zeros([M, VP], tl.float32)).reshape(LANES, M, VP)
-        return found if BITS == 16 else found * 2
+    """Add values of tokens ``token_head [L, T]`` that exist, times ``weights [L, T, M]``, to what was summed so far.
+
+    Tensor cores multiply 16 channels with 8 columns: the query heads, each twice, as in ``_triton_key_words``.
+
+    Returns:
+        ``acc [L, M, DV]`` and the tuple ``bias``, which is to be added to each group's channels, ``[L, T, M]``.
+    """
+    folded, units, biases = (), (), ()
+    for group in tl.static_range((DV + GROUP - 1) // GROUP):
+        place = token_head * ((DV + GROUP - 1) // GROUP) + group
+        step = tl.load(steps + place, mask=exists, other=0.0).to(tl.float32)
+        low = tl.load(lows + place, mask=exists, other=0.0).to(tl.float32)
+        unit, inverse = exact_unit(tl.maximum(tl.max(step, 1), LEAST_STEP))
+        # below float16's limit: weights are 1
+        folded = folded + (weight_columns(weights * (step * (inverse * 16384)[:, None])[:, :, None], is_rest),)
+        units, biases = units + (unit * (CODE / 16384),), biases + (tl.fma(weights, low[:, :, None], bias[group]),)
+    field: tl.constexpr = 2 if BITS == 3 else BITS  # bits of the first plane
+    count: tl.constexpr = DV * field // 8  # channels that lie side by side in a plane
+    width: tl.constexpr = min(count, GROUP)
+    row = codes.to(tl.pointer_type(tl.uint16), bitcast=True) + (token_head * (DV * BITS // 16))[:, :, None]
+    tiles = ()
+    if BITS == 3:  # of two planes
+        words = tl.load(row + tl.arange(0, count // 2)[None, None, :], mask=exists[:, :, None], other=0)
+        highs = tl.load(row + count // 2 + tl.arange(0, count // 4)[None, None, :], mask=exists[:, :, None], other=0)
+        nibbles = nibble_words(words, repeated(highs), is_first)
+        for k in tl.static_range(4):
+            folds, unit = folded[k * count // GROUP], units[k * count // GROUP]
+            tiles = tiles + (plane_product(folds, unit, nibbles[k % 2], k // 2 * 4, BITS),)
     else:
-        groups: tl.constexpr = (DV + GROUP - 1) // GROUP
-        folded, units, biases = (), (), ()
-        for group in tl.static_range(groups):
-            place = token_head * groups + group
-            step = tl.load(steps + place, mask=exists, other=0.0).to(tl.float32)
-            low = tl.load(lows + place, mask=exists, other=0.0).to(tl.float32)
-            unit, inverse = exact_unit(tl.max(step, 1))
-            scaled = weights * (step * inverse[:, None] * 16384)[:, None, :]  # below float16's limit: weights are 1
-            high = scaled.to(tl.float16)
-            folded = folded + (stack(high, (scaled - high.to(tl.float32)).to(tl.float16)),)
-            units = units + (unit * (CODE / 16384),)
-            biases = biases + (tl.sum(weights * low[:, None, :], 2),)
-        field: tl.constexpr = 2 if BITS == 3 else BITS  # bits of the first plane
-        count: tl.constexpr = DV * field // 8  # channels that lie side by side in a plane
-        width: tl.constexpr = min(count, GROUP)
-        row = codes.to(tl.pointer_type(tl.uint16), bitcast=True) + (token_head * (DV * BITS // 16))[:, :, None]
-        tiles = ()
-        if BITS == 3:  # of two planes, both of whose words are read for all channels
-            column = tl.arange(0, count // 2)[None, None, :]
-            words = tl.load(row + column, mask=exists[:, :, None], other=0)
-            highs = tl.load(row + count // 2 + column % (count // 4), mask=exists[:, :, None], other=0)
-            nibbles = nibble_words(words, highs, column, count // 4)
-            for k in tl.static_range(4):
-                found = plane_product(
-                    folded[k * count // GROUP], units[k * count // GROUP], biases[k * count // GROUP], nibbles[k % 2],
-                    k // 2 * 4, BITS, LANES, M, width,
-                )  # fmt: skip
-                tiles = tiles + (found,)
-        else:
-            for k in tl.static_range(8 // BITS):
-                for part in tl.static_range(count // width):
-                    column = part * (width // 2) + tl.arange(0, width // 2)
-                    words = tl.load(row + column[None, None, :], mask=exists[:, :, None], other=0)
-                    found = plane_product(
-                        folded[(k * count + part * width) // GROUP], units[(k * count + part * width) // GROUP],
-                        biases[(k * count + part * width) // GROUP], words, k * BITS, BITS, LANES, M, width,
-                    )  # fmt: skip
-                    tiles = tiles + (found,)
-        return join_tiles(tiles, LANES, M, DV, DV // width)
+        for k in tl.static_range(8 // BITS):
+            for part in tl.static_range(count // width):
+                folds, unit = folded[(k * count + part * width) // GROUP], units[(k * count + part * width) // GROUP]
+                column = part * (width // 2) + tl.arange(0, width // 2)
+                words = tl.load(row + column[None, None, :], mask=exists[:, :, None], other=0)
+                tiles = tiles + (plane_product(folds, unit, words, k * BITS, BITS),)
+    return acc + join_tiles(tiles, acc.shape[0], acc.shape[1], DV, DV // width), biases
 
 
 @triton.jit
-def plane_product(
-    weighed, unit, bias, words, SHIFT: tl.constexpr, BITS: tl.constexpr, LANES: tl.constexpr, M: tl.constexpr,
-    WIDTH: tl.constexpr,
+def weight_columns(weights, is_rest):
+    """Weights ``[L, T, M]`` as columns: the nearest float16 numbers and what rounding left, ``[L, T, 2 * M]``."""
+    high = weights.to(tl.float16).to(tl.float32)
+    parts = tl.fma(high[:, :, :, None], is_rest, weights[:, :, :, None]).to(tl.float16)
+    return parts.reshape(weights.shape[0], weights.shape[1], 2 * weights.shape[2])
+
+
+@triton.jit
+def plane_product(weighed, unit, words, SHIFT: tl.constexpr, BITS: tl.constexpr):
+    """Weighed sums ``[L, M, 2 * W]`` of the codes at bit ``SHIFT`` of the bytes of words ``[L, T, W]``."""
+    lanes: tl.constexpr = words.shape[0]
+    found = heads_of(product(code_rows(words, SHIFT, BITS), weighed))
+    found = found.reshape(lanes, 2, words.shape[2], found.shape[2])
+    sums = tl.permute(found, (0, 3, 2, 1)).reshape(lanes, found.shape[3], 2 * words.shape[2])
+    return sums * (unit * (1.0 / (1 << SHIFT)))[:, None, None]
+
+
+@triton.jit
+def weigh_numbers(
+    weights, codes, lows, steps, token_head, exists, DV: tl.constexpr, VP: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
-    """Weighed sums ``[L, M, WIDTH]`` of the codes at bit ``SHIFT`` of words ``[L, T, WIDTH / 2]``, all of one group."""
-    even = masked(words, ((1 << BITS) - 1) << SHIFT).to(tl.float16, bitcast=True)
-    odd = masked(odd_bytes(words), ((1 << BITS) - 1) << SHIFT).to(tl.float16, bitcast=True)
-    found = tl.join(stacked_product(weighed, even), stacked_product(weighed, odd)).reshape(LANES, M, WIDTH)
-    return found * (unit * (1.0 / (1 << SHIFT)))[:, None, None] + bias[:, :, None]
+    """``weights [M, T] @ values`` of the tokens ``token_head [T]`` that exist, ``[M, VP]``."""
+    values = load_values(codes, lows, steps, token_head, exists, DV, VP, BITS, GROUP, NARROW)
+    found = add_weighed(weights, values, tl.zeros([weights.shape[0], VP], tl.float32))
+    return found if BITS == 16 else found * 2
 
 
 @triton.jit

@@ -32,8 +32,16 @@ def function_of(name: str) -> Function:
     if found is None:
         raise NotImplementedError(f"no such instruction here: {name}")
     kinds = [x for x in suffixes if re.fullmatch(r"[subf]\d+(x2)?|bf16(x2)?|pred", x)]
-    made: Function = found(kinds, [x for x in suffixes if x not in kinds], name)
+    plain = [x for x in suffixes if x not in kinds]
+    if stem != "cvt" and kinds and kinds[-1] == "f16x2":
+        return _in_pairs(found(["f16"], plain, name))
+    made: Function = found(kinds, plain, name)
     return made
+
+
+def _in_pairs(function: Function) -> Function:
+    """Of registers of two float16 numbers each."""
+    return lambda *inputs: function(*(np.ascontiguousarray(x).view(np.uint16) for x in inputs)).view(np.uint32)
 
 
 def _bits(kind: str) -> int:

@@ -39,6 +39,7 @@ def bits(*numbers: float, kind: type = np.uint32) -> np.ndarray:
         ("cvt.rn.f16.f32", [bits(1 + 2**-11, kind=np.float32)], 0x3C00),  # ties to even
         ("cvt.rn.bf16x2.f32", [bits(1.0, kind=np.float32), bits(2.0, kind=np.float32)], 0x3F804000),
         ("cvt.s32.s8", [bits(0x180, kind=np.uint16)], 2**32 - 128),
+        ("mul.rn.f16x2", [bits(0x3C004000), bits(0x40013800)], 0x40013C00),  # 1 * (2 + 2**-9), 2 * 0.5
         ("fma.rn.f32", [bits(1 + 2**-12, kind=np.float32)] * 2 + [bits(-1.0, kind=np.float32)], 0x3A000400),
     ],
 )  # fmt: skip
