@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._triton_gather import LEAST_LOGIT, fours, places_of
 from ._triton_tiles import exponential, load_halves, load_query, load_rests, product, segment, soften
 from ._triton_values import add_weighed, weigh_codes, weigh_numbers
 
@@ -100,7 +101,7 @@ def kept_kernel(
     num_listed, parts, tops, sums, kept, tokens, min_sparse_len, kv_heads, slots, runs, PER_KV: tl.constexpr,
     M: tl.constexpr, DV: tl.constexpr, VP: tl.constexpr, PAGE: tl.constexpr, VALUE_BITS: tl.constexpr,
     GROUP: tl.constexpr, NARROW: tl.constexpr, FOLDS: tl.constexpr, PRUNES: tl.constexpr, HAS_PAGES: tl.constexpr,
-    BLOCK: tl.constexpr, T: tl.constexpr, LANES: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
+    QUADS: tl.constexpr, T: tl.constexpr, LANES: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     """List what some query head of the KV head keeps of one split, if not all, then attend to it.
 
@@ -121,10 +122,7 @@ def kept_kernel(
     listed = positions + pair.to(tl.int64) * tokens + first * PAGE
     found = (last - first) * PAGE
     if (PRUNES or HAS_PAGES) and sparse:
-        limit = tl.full([M], float("-inf"), tl.float32)
-        if PRUNES:
-            limit = tl.load(limits + pair * PER_KV + g, mask=real, other=float("inf"))
-        found = list_kept(head_row, listed, limit, real, first * PAGE, last * PAGE, BLOCK)
+        found = list_kept(logits, limits, listed, pair, tokens, first * PAGE, last * PAGE, PER_KV, PRUNES, QUADS)
     tl.store(kept + pair * SPLITS + split, found)
     top = tl.load(split_tops + (pair * SPLITS + split) * PER_KV + g, mask=real, other=float("-inf"))
     base = tl.where(top == float("-inf"), 0.0, top)
@@ -185,15 +183,22 @@ def kept_kernel(
 
 
 @triton.jit
-def list_kept(head_row, listed, limit, real, first, last, BLOCK: tl.constexpr):
-    """Write which tokens ``first .. last`` some head keeps, in order; return how many."""
+def list_kept(
+    logits, limits, listed, pair, tokens, first, last, PER_KV: tl.constexpr, PRUNES: tl.constexpr, QUADS: tl.constexpr
+):
+    """Write which tokens ``first .. last`` some head keeps, a thread's after another's; return how many."""
+    rows, limit = logits + pair.to(tl.int64) * PER_KV * tokens, ()
+    for g in tl.static_range(PER_KV):
+        least = tl.load(limits + pair * PER_KV + g) if PRUNES else LEAST_LOGIT
+        limit = limit + (tl.maximum(least, LEAST_LOGIT),)
     found = 0
-    for start in range(first, last, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        inside = real[:, None] & (at < last)[None, :]
-        x = tl.load(head_row[:, None] + at[None, :], mask=inside, other=float("-inf"))
-        needed = tl.max(((x >= limit[:, None]) & (x > float("-inf"))).to(tl.int32), 0)
-        tl.store(listed + found + tl.cumsum(needed, 0) - 1, at, mask=needed > 0)
-        found += tl.sum(needed, 0)
+    for start in range(first, last, 4 * QUADS):
+        at = start + fours(QUADS)
+        needed = tl.zeros([4, QUADS], tl.int1)
+        for g in tl.static_range(PER_KV):
+            x = tl.load(rows + g * tokens.to(tl.int64) + at, mask=at < last, other=float("-inf"))
+            needed = needed | (x >= limit[g])
+        places, found = places_of((needed.to(tl.int32),), found)
+        tl.store(listed + places[0], at, mask=needed)
     tl.debug_barrier()  # the list is read by other threads than those that wrote it
     return found

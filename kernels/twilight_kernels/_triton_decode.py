@@ -6,7 +6,7 @@ block table. Launches of a step with ``p < 1``:
 
 1. ``plain_kernel`` writes the step's token and attends to sinks and window;
 2. ``logits_kernel`` reads the packed keys, the only time: codes times the folded query;
-3. ``collect_kernel``, ``limit_kernel`` (``_triton_prune``) find what each query head needs;
+3. ``start_kernel``, ``collect_kernel``, ``limit_kernel`` (``_triton_prune``) find what each query head needs;
 4. ``kept_kernel`` lists the union over the query heads of a KV head, and attends to it;
 5. ``merge_kernel`` merges all parts by log-sum-exp and adds up the counters.
 
@@ -29,7 +29,7 @@ from ._triton_attend import RUN, kept_kernel, plain_kernel
 from ._triton_keys import logits_launch, score_shape
 from ._triton_logits import logits_kernel
 from ._triton_merge import LISTED_TILE, SLOT_TILE, merge_kernel
-from ._triton_prune import BLOCK, find_limits
+from ._triton_prune import QUADS, find_limits
 from ._triton_tiles import (
     LEAST_TOKENS,
     REGISTERS,
@@ -161,7 +161,7 @@ def _attend_packed(
     kept_kernel[grid](
         logits, tops, positions, limits, value_pages.codes, value_pages.lo, value_pages.step, table, columns, num_pages,
         pages, listed or 0, *parts, kept, width, min_sparse_len, kv_heads, slots, runs, PAGE=page_size,
-        HAS_PAGES=listed is not None, PRUNES=p < 1.0, BLOCK=BLOCK // 4, **shape, **splits,
+        HAS_PAGES=listed is not None, PRUNES=p < 1.0, QUADS=QUADS, **shape, **splits,
         **value_launch(shape, is_wide),
     )  # fmt: skip
     return needed, kept, masses

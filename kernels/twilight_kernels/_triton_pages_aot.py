@@ -12,7 +12,7 @@ from ._triton_flags import flags_kernel
 from ._triton_keys import logits_launch, score_launch, score_shape
 from ._triton_logits import logits_kernel
 from ._triton_merge import LISTED_TILE, SLOT_TILE, merge_kernel
-from ._triton_prune import BLOCK, ROUNDS, collect_kernel, limit_kernel, mass_kernel
+from ._triton_prune import BLOCK, QUADS, ROUNDS, collect_kernel, limit_kernel, mass_kernel, start_kernel
 from ._triton_score import _PAGES, _judge_kernel, _key_logits_kernel
 from ._triton_tiles import LEAST_TOKENS, REGISTERS, SPLITS, channel_parts, power_of_two, tile_tokens, warps_for
 from ._triton_values import value_launch, value_shape
@@ -39,7 +39,19 @@ CONFIGURATIONS = (
 _TYPES = {
     **dict.fromkeys(("key_lo", "key_step", "value_lo", "value_step", "lows", "steps"), "*fp16"),
     **dict.fromkeys(
-        ("parts", "tops", "split_tops", "sums", "plain_tops", "plain_sums", "logits", "near", "limits", "masses"),
+        (
+            "parts",
+            "tops",
+            "split_tops",
+            "sums",
+            "plain_tops",
+            "plain_sums",
+            "logits",
+            "near",
+            "known",
+            "limits",
+            "masses",
+        ),
         "*fp32",
     ),
     **dict.fromkeys(("table", "plain_table", "num_pages", "plain_len", "candidates", "positions", "kept"), "*i32"),
@@ -70,7 +82,7 @@ def _decode_cases(configuration: tuple[Any, ...], is_listed: bool) -> list[AotCa
     codes = {"codes": _codes(dtype, key_bits), "value_codes": _codes(dtype, value_bits), "out": "*fp32"}
     scored = score_shape(page, dim, key_bits, per_kv)
     splits = {"PAGE": page, "SPLITS": SPLITS, "LEAST": max(1, LEAST_TOKENS // page)}
-    kept = {**value_shape(value_dim, value_bits, group, per_kv, is_wide), "BLOCK": BLOCK // 4}
+    kept = {**value_shape(value_dim, value_bits, group, per_kv, is_wide), "QUADS": QUADS}
     merged = {"SLOTS": 128, "TILE": SLOT_TILE, "LISTED": LISTED_TILE, "HAS_STATS": True, "PRUNES": True}
     heads = {**channel_parts(dim), "M": max(16, power_of_two(per_kv))}
     largest = max(heads["DP"], value_dim)
@@ -136,12 +148,13 @@ def _row_cases() -> list[AotCase]:
     found = []
     for per_kv, page, is_listed in ((4, 64, False), (1, 1, False), (8, 16, True)):
         name = f"{per_kv} heads, pages of {page}"
-        shape = {"PER_KV": per_kv, "PAGE": page, "HAS_LISTED": is_listed, "RUNS": 4, "BLOCK": BLOCK}
-        splits = {"SPLITS": SPLITS, "LEAST": max(1, LEAST_TOKENS // page)}
-        found.append(_case(name, collect_kernel, {}, "", shape, splits))
-        found.append(
-            _case(name, limit_kernel, {}, "", shape, splits, {"ROUNDS": ROUNDS}, num_warps=8, maxnreg=REGISTERS)
-        )
+        shape = {"PAGE": page, "HAS_LISTED": is_listed, "SPLITS": SPLITS, "LEAST": max(1, LEAST_TOKENS // page)}
+        narrowed = {"QUADS": 2 * QUADS, "ROUNDS": ROUNDS}
+        found += [
+            _case(name, start_kernel, {}, "", shape, {"PER_KV": per_kv, "RUNS": 4}, num_warps=1),
+            _case(name, collect_kernel, {}, "", shape, {"BLOCK": BLOCK, "QUADS": QUADS}),
+            _case(name, limit_kernel, {}, "", shape, narrowed, num_warps=8, maxnreg=REGISTERS),
+        ]
     rows = {"SPLITS": SPLITS, "LEAST": LEAST_TOKENS, "BLOCK": BLOCK}
     flags = {"PER_KV": 4, "BLOCK": BLOCK}
     return [

@@ -1,11 +1,11 @@
 """Top-p pruning on GPUs: a provable start, what lies above it, then bisection on that alone.
 
 Definition: ``_reference.top_p_threshold``. Scoring leaves the largest logit and the mass of each split of a row. From
-them every block of ``collect_kernel`` knows a logit below which nothing is needed (all tokens below
-``largest + ln((1 - p) * mass / count)`` together weigh less than ``1 - p``) and gathers what its split holds above;
-one block a row then narrows the threshold by fifteen trial limits a round and drops what lies outside of the part that
-is left. Sums run in fixed orders and nothing is added atomically: the same row gives the same bits, whatever is
-computed beside it.
+them ``start_kernel`` knows a logit below which nothing is needed (all tokens below
+``largest + ln((1 - p) * mass / count)`` together weigh less than ``1 - p``), ``collect_kernel`` gathers what each split
+holds above; one block a row then narrows the threshold by fifteen trial limits a round and drops what lies outside of
+the part that is left. Sums run in fixed orders and nothing is added atomically: the same row gives the same bits,
+whatever is computed beside it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton_tiles import LEAST_TOKENS, REGISTERS, SPLITS, grid_splits, segment
+from ._triton_gather import LEAST_LOGIT, fours, places_of
+from ._triton_tiles import LEAST_TOKENS, REGISTERS, SPLITS, exponential, grid_splits, segment
 
 ROUNDS = 6  # of 16 parts each: 2 ** -24 of the range
 BLOCK = 1024  # logits that are looked at at once
-LINES = tl.constexpr(4)  # of them
+QUADS = 128  # four logits for each thread of a block of four warps
 
 
 def top_p_threshold(logits: Tensor, p: float, *, forced_lse: Tensor | None = None, min_keep: int = 0) -> Tensor:
@@ -69,25 +70,30 @@ def find_limits(
     """
     rows, columns = logits.shape
     device = logits.device
-    near = torch.empty(rows, columns, device=device)
+    quads = triton.cdiv(columns, 4) + SPLITS + 1  # see near_place
+    near = torch.empty(rows, 4 * quads, device=device)
     counts = torch.empty(rows, SPLITS, dtype=torch.int32, device=device)
+    known = torch.empty(rows, 4, device=device)
     limits, masses = (torch.empty(rows, device=device) for _ in range(2))
     kept = torch.empty(rows, dtype=torch.int32, device=device)
     runs = 0 if plain is None else runs
     plain_tops, plain_sums = (tops, sums) if plain is None else plain
-    slots = plain_tops.numel() // rows
     shape = {
-        "PER_KV": per_kv, "PAGE": page_size, "SPLITS": SPLITS, "LEAST": max(1, LEAST_TOKENS // page_size),
-        "HAS_LISTED": num_listed is not None, "RUNS": triton.next_power_of_2(max(1, runs)), "BLOCK": BLOCK,
+        "PAGE": page_size, "SPLITS": SPLITS, "LEAST": max(1, LEAST_TOKENS // page_size),
+        "HAS_LISTED": num_listed is not None,
     }  # fmt: skip
-    given = (
-        tops, sums, plain_tops, plain_sums, runs, slots, lengths, num_listed or 0, min_sparse_len, p, min_keep,
-        rows // len(lengths),
+    length = lengths, num_listed or 0, min_sparse_len, rows // len(lengths)
+    start_kernel[(rows,)](
+        tops, sums, plain_tops, plain_sums, runs, plain_tops.numel() // rows, known, masses, *length, p,
+        min_keep, PER_KV=per_kv, **shape, RUNS=triton.next_power_of_2(max(1, runs)), num_warps=1,
     )  # fmt: skip
     splits = grid_splits(columns // page_size, shape["LEAST"])
-    collect_kernel[(rows, splits)](logits, logits.stride(0), near, columns, counts, *given, **shape, num_warps=4)
+    collect_kernel[(rows, splits)](
+        logits, logits.stride(0), near, quads, counts, known, *length, **shape, BLOCK=BLOCK, QUADS=QUADS, num_warps=4
+    )
     limit_kernel[(rows,)](
-        near, columns, counts, limits, kept, masses, *given, **shape, ROUNDS=ROUNDS, num_warps=8, maxnreg=REGISTERS
+        near, quads, counts, known, limits, kept, *length, min_keep, **shape, QUADS=2 * QUADS, ROUNDS=ROUNDS,
+        num_warps=8, maxnreg=REGISTERS,
     )  # fmt: skip
     return limits, kept, masses
 
@@ -110,13 +116,20 @@ def mass_kernel(logits, stride, columns, tops, sums, SPLITS: tl.constexpr, LEAST
     tl.store(sums + row * SPLITS + split, total)
 
 
-@triton.jit
-def known_masses(
-    tops, sums, plain_tops, plain_sums, runs, slots, head, count, PER_KV: tl.constexpr, SPLITS: tl.constexpr,
-    LEAST: tl.constexpr, RUNS: tl.constexpr,
+@triton.jit(do_not_specialize=["runs", "slots", "num_listed", "min_sparse_len", "heads", "min_keep"])
+def start_kernel(
+    tops, sums, plain_tops, plain_sums, runs, slots, known, masses, lengths, num_listed, min_sparse_len, heads, p,
+    min_keep, PER_KV: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
+    HAS_LISTED: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
-    """Largest logit of each split, that of the row, of all; masses of the row and of what is kept in any case."""
+    """Write what the masses of its splits tell of a row: the log of the whole mass, and four numbers.
+
+    A logit below which nothing is needed, ``-inf`` if none is known; the largest; the largest of what is kept in any
+    case, too; the mass that is needed in that one's unit.
+    """
+    head = tl.program_id(0)
     pair, g = head // PER_KV, head % PER_KV
+    count = row_length(head, lengths, num_listed, min_sparse_len, heads, PAGE, HAS_LISTED)
     split = tl.arange(0, SPLITS)
     first, _last = segment(count, split, SPLITS, LEAST)
     place = (pair * SPLITS + split) * PER_KV + g
@@ -129,22 +142,20 @@ def known_masses(
     top = tl.max(split_tops, 0)
     peak = tl.maximum(top, tl.max(run_tops, 0))
     base = tl.where(peak == float("-inf"), 0.0, peak)
-    mass = tl.sum(split_sums * tl.exp(split_tops - base), 0)
     forced = tl.sum(run_sums * tl.exp(run_tops - base), 0)
-    return split_tops, top, base, mass, forced
-
-
-@triton.jit
-def least_needed(split_tops, top, base, mass, forced, count, p, min_keep, PAGE: tl.constexpr):
-    """A logit below which nothing of a row is needed; ``-inf`` if none is known, as the row has few splits."""
+    whole = tl.sum(split_sums * tl.exp(split_tops - base), 0) + forced
     start = top
-    if p * (mass + forced) > forced:
-        slack = tl.maximum((1.0 - p) * (mass + forced), 1e-30)
+    if p * whole > forced:
+        slack = tl.maximum((1.0 - p) * whole, 1e-30)
         start = tl.minimum(top, base + tl.log(slack / (count * PAGE).to(tl.float32)) - 0.001)
     if min_keep > 0:  # the least split maximum that has min_keep of them at or above it
         above = tl.sum((split_tops[None, :] >= split_tops[:, None]).to(tl.int32), 1)
         start = tl.minimum(start, tl.max(tl.where(above >= min_keep, split_tops, float("-inf")), 0))
-    return start
+    tl.store(masses + head, base + tl.log(whole))
+    tl.store(known + head * 4, start)
+    tl.store(known + head * 4 + 1, top)
+    tl.store(known + head * 4 + 2, base)
+    tl.store(known + head * 4 + 3, p * whole - forced)
 
 
 @triton.jit
@@ -159,11 +170,10 @@ def row_length(
     return tl.where(pages * PAGE >= min_sparse_len, count, 0)
 
 
-@triton.jit(do_not_specialize=["columns", "runs", "slots", "num_listed", "min_sparse_len", "min_keep", "heads"])
+@triton.jit(do_not_specialize=["quads", "num_listed", "min_sparse_len", "heads"])
 def collect_kernel(
-    logits, stride, near, columns, counts, tops, sums, plain_tops, plain_sums, runs, slots, lengths, num_listed,
-    min_sparse_len, p, min_keep, heads, PER_KV: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
-    LEAST: tl.constexpr, HAS_LISTED: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr,
+    logits, stride, near, quads, counts, known, lengths, num_listed, min_sparse_len, heads, PAGE: tl.constexpr,
+    SPLITS: tl.constexpr, LEAST: tl.constexpr, HAS_LISTED: tl.constexpr, BLOCK: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
     """Gather what may be needed of one split of one row, at the split's own place."""
     head, split = tl.program_id(0), tl.program_id(1)
@@ -171,57 +181,72 @@ def collect_kernel(
     first, last = segment(count, split, SPLITS, LEAST)
     if first >= last:
         return
-    split_tops, top, base, mass, forced = known_masses(
-        tops, sums, plain_tops, plain_sums, runs, slots, head, count, PER_KV, SPLITS, LEAST, RUNS
-    )
-    start = least_needed(split_tops, top, base, mass, forced, count, p, min_keep, PAGE)
+    start = tl.maximum(tl.load(known + head * 4), LEAST_LOGIT)
     source = logits + head.to(tl.int64) * stride
-    target = near + head.to(tl.int64) * columns + first * PAGE
+    target = near_row(near, head, quads) + near_place(first, split, PAGE)
     found = 0
     for begin in range(first * PAGE, last * PAGE, BLOCK):
-        at = begin + tl.arange(0, BLOCK)
-        x = tl.load(source + at, mask=at < last * PAGE, other=float("-inf"))
-        is_near = ((x >= start) & (x > float("-inf"))).to(tl.int32)
-        tl.store(target + found + tl.cumsum(is_near, 0) - 1, x, mask=is_near > 0)
-        found += tl.sum(is_near, 0)
+        tiles, flags = (), ()
+        for k in tl.static_range(BLOCK // (4 * QUADS)):
+            at = begin + k * (4 * QUADS) + fours(QUADS)
+            x = tl.load(source + at, mask=at < last * PAGE, other=float("-inf"))
+            tiles, flags = tiles + (x,), flags + ((x >= start).to(tl.int32),)
+        places, found = places_of(flags, found)
+        for k in tl.static_range(BLOCK // (4 * QUADS)):
+            tl.store(target + places[k], tiles[k], mask=flags[k] > 0)
+    rest = tl.arange(0, 4)
+    tl.store(target + found + rest, float("-inf"), mask=rest < (-found & 3))  # entries are read by four
     tl.store(counts + head * SPLITS + split, found)
 
 
 @triton.jit
-def near_at(near, columns, ends, head, i, total, count, PAGE: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr):
-    """Entry ``i`` of all that was gathered of a row: which split holds it is found by halving ``ends``."""
-    exists = i < total
-    split = tl.zeros_like(i)
+def near_row(near, head, quads):
+    """What is gathered of a row lies here; rows are ``quads`` times four entries apart."""
+    return near + head.to(tl.int64) * quads * 4
+
+
+@triton.jit
+def near_place(first, split, PAGE: tl.constexpr):
+    """Where in its row what is gathered of a split begins: on a multiple of four, with room for three more."""
+    return (first * PAGE + 3) // 4 * 4 + 4 * split
+
+
+@triton.jit
+def near_at(row, ends, head, quad, count, PAGE: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr):
+    """Entries ``[4, Q]`` of the quads ``[Q]`` of all that was gathered of a row, ``-inf`` past the last.
+
+    Which split holds them is found by halving ``ends``, the quads up to the end of each split.
+    """
+    exists = quad < tl.load(ends + head * SPLITS + SPLITS - 1)
+    split = tl.zeros_like(quad)
     reach: tl.constexpr = SPLITS // 2
     step = reach
     while step > 0:
         end = tl.load(ends + head * SPLITS + split + step - 1, mask=exists, other=0)
-        split = tl.where(i >= end, split + step, split)
+        split = tl.where(quad >= end, split + step, split)
         step = step // 2
     before = tl.load(ends + head * SPLITS + split - 1, mask=exists & (split > 0), other=0)
     first, _last = segment(count, split, SPLITS, LEAST)
-    place = head.to(tl.int64) * columns + first * PAGE + i - before
-    return tl.load(near + place, mask=exists, other=float("-inf"))
+    place = near_place(first, split, PAGE) // 4 + quad - before
+    entries = place[None, :] * 4 + tl.arange(0, 4)[:, None]
+    return tl.load(row + entries, mask=exists[None, :], other=float("-inf"))
 
 
-@triton.jit(do_not_specialize=["columns", "runs", "slots", "num_listed", "min_sparse_len", "min_keep", "heads"])
+@triton.jit(do_not_specialize=["quads", "num_listed", "min_sparse_len", "heads", "min_keep"])
 def limit_kernel(
-    near, columns, counts, limits, kept, masses, tops, sums, plain_tops, plain_sums, runs, slots, lengths, num_listed,
-    min_sparse_len, p, min_keep, heads, PER_KV: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
-    LEAST: tl.constexpr, HAS_LISTED: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr,
+    near, quads, counts, known, limits, kept, lengths, num_listed, min_sparse_len, heads, min_keep,
+    PAGE: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr, HAS_LISTED: tl.constexpr, QUADS: tl.constexpr,
+    ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """Narrow the threshold of one row among what was gathered of it."""
     head = tl.program_id(0)
     count = row_length(head, lengths, num_listed, min_sparse_len, heads, PAGE, HAS_LISTED)
-    split_tops, top, base, mass, forced = known_masses(
-        tops, sums, plain_tops, plain_sums, runs, slots, head, count, PER_KV, SPLITS, LEAST, RUNS
-    )
-    tl.store(masses + head, base + tl.log(mass + forced))
+    low, top = tl.load(known + head * 4), tl.load(known + head * 4 + 1)
+    base, need = tl.load(known + head * 4 + 2), tl.load(known + head * 4 + 3)
     split = tl.arange(0, SPLITS)
     first, _last = segment(count, split, SPLITS, LEAST)
     found = tl.load(counts + head * SPLITS + split, mask=first < count, other=0)
     total = tl.sum(found, 0)
-    need = p * (mass + forced) - forced
     if total == 0:  # nothing there, or everything kept
         tl.store(limits + head, float("-inf"))
         tl.store(kept + head, 0)
@@ -229,25 +254,26 @@ def limit_kernel(
         tl.store(limits + head, float("inf"))
         tl.store(kept + head, 0)
     else:
-        tl.store(counts + head * SPLITS + split, tl.cumsum(found, 0))
+        quads_found = tl.cumsum((found + 3) // 4, 0)
+        tl.store(counts + head * SPLITS + split, quads_found)
         tl.debug_barrier()  # the ends are read by other threads than those that wrote them
+        left = tl.max(quads_found, 0)
+        row = near_row(near, head, quads)
         least = tl.minimum(min_keep, total)
-        low = least_needed(split_tops, top, base, mass, forced, count, p, min_keep, PAGE)
         if low == float("-inf"):  # a short row, all of which was gathered
             low = top
-            for start in range(0, total, BLOCK):
-                i = start + tl.arange(0, BLOCK)
-                x = near_at(near, columns, counts, head, i, total, count, PAGE, SPLITS, LEAST)
-                low = tl.minimum(low, tl.min(tl.where(i < total, x, top), 0))
+            for start in range(0, left, QUADS):
+                x = near_at(row, counts, head, start + tl.arange(0, QUADS), count, PAGE, SPLITS, LEAST)
+                low = tl.minimum(low, tl.min(tl.min(tl.where(x > float("-inf"), x, top), 1), 0))
         high, above, over, number = top, 0.0, 0, total
-        low, high, above, over, number, total = narrow(
-            near, columns, counts, head, total, count, low, high, top, above, over, need, least, base,
-            PAGE, SPLITS, LEAST, BLOCK, True,
+        low, high, above, over, number, left = narrow(
+            row, counts, head, left, count, low, high, top, above, over, need, least, base, PAGE, SPLITS, LEAST,
+            QUADS, True,
         )  # fmt: skip
         for _round in range(ROUNDS - 1):
-            low, high, above, over, number, total = narrow(
-                near, columns, counts, head, total, count, low, high, top, above, over, need, least, base,
-                PAGE, SPLITS, LEAST, BLOCK, False,
+            low, high, above, over, number, left = narrow(
+                row, counts, head, left, count, low, high, top, above, over, need, least, base, PAGE, SPLITS, LEAST,
+                QUADS, False,
             )  # fmt: skip
         tl.store(limits + head, low)
         tl.store(kept + head, number)
@@ -255,26 +281,26 @@ def limit_kernel(
 
 @triton.jit
 def narrow(
-    near, columns, counts, head, total, count, low, high, top, above, over, need, least, base, PAGE: tl.constexpr,
-    SPLITS: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr, IS_SPREAD: tl.constexpr,
+    row, ends, head, left, count, low, high, top, above, over, need, least, base, PAGE: tl.constexpr,
+    SPLITS: tl.constexpr, LEAST: tl.constexpr, QUADS: tl.constexpr, IS_SPREAD: tl.constexpr,
 ):  # fmt: skip
-    """Take the sixteenth of ``low .. high`` in which the threshold lies, and leave only its entries in ``near``.
+    """Take the part of ``low .. high`` in which the threshold lies, of 16, and leave only its entries in ``row``.
 
-    ``above`` and ``over`` are mass and number of the entries from ``high`` on, which are no longer there.
+    ``left`` quads of entries are there; ``above`` and ``over`` are mass and number of those from ``high`` on, which
+    no longer are. At first parts grow with their number: most entries, and the threshold, lie near the start.
 
     Returns:
-        The new ``low, high, above, over``, how many entries lie at ``low`` or above, how many are left.
+        The new ``low, high, above, over``, how many entries lie at ``low`` or above, how many quads are left.
     """
     trial = tl.arange(0, 16)
-    tried = low + (high - low) * (trial.to(tl.float32) * 0.0625)  # the first is low itself
-    line: tl.constexpr = BLOCK // LINES  # an entry of each line a thread: threads are added up once, at the end
-    masses = tl.zeros([16, line], tl.float32)
-    numbers = tl.zeros([16, line], tl.int32)
-    for start in range(0, total, BLOCK):
-        i = start + tl.arange(0, LINES)[:, None] * line + tl.arange(0, line)[None, :]
-        x = entry_at(near, columns, counts, head, i, total, count, PAGE, SPLITS, LEAST, IS_SPREAD)
+    part = trial.to(tl.float32) * 0.0625
+    tried = low + (high - low) * (part * part if IS_SPREAD else part)  # the first is low itself
+    masses = tl.zeros([16, QUADS], tl.float32)
+    numbers = tl.zeros([16, QUADS], tl.int32)
+    for start in range(0, left, QUADS):
+        x = entries_at(row, ends, head, start + tl.arange(0, QUADS), left, count, PAGE, SPLITS, LEAST, IS_SPREAD)
         taken = x[None, :, :] >= tried[:, None, None]
-        masses += tl.sum(tl.where(taken, tl.exp(x - base)[None, :, :], 0.0), 1)
+        masses += tl.sum(tl.where(taken, exponential(x - base)[None, :, :], 0.0), 1)
         numbers += tl.sum(taken.to(tl.int32), 1)
     mass = tl.sum(masses, 1) + above
     many = tl.sum(numbers, 1) + over
@@ -287,24 +313,26 @@ def narrow(
     number = tl.sum(tl.where(trial == best, many, 0), 0)
     end = tl.where(high < top, high, float("inf"))  # the largest entry is of the last part
     found = 0
-    for start in range(0, total, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        x = entry_at(near, columns, counts, head, i, total, count, PAGE, SPLITS, LEAST, IS_SPREAD)
-        is_left = ((i < total) & (x >= low) & (x < end)).to(tl.int32)
+    for start in range(0, left, QUADS):
+        x = entries_at(row, ends, head, start + tl.arange(0, QUADS), left, count, PAGE, SPLITS, LEAST, IS_SPREAD)
+        is_left = ((x >= low) & (x < end)).to(tl.int32)
+        places, found = places_of((is_left,), found)
         # in place, and no farther than was read: the sums wait for all of the block's threads
-        tl.store(near + head.to(tl.int64) * columns + found + tl.cumsum(is_left, 0) - 1, x, mask=is_left > 0)
-        found += tl.sum(is_left, 0)
+        tl.store(row + places[0], x, mask=is_left > 0)
+    rest = tl.arange(0, 4)
+    tl.store(row + found + rest, float("-inf"), mask=rest < (-found & 3))
     tl.debug_barrier()  # what is left is read by other threads than those that wrote it
-    return low, high, above, over, number, found
+    return low, high, above, over, number, (found + 3) // 4
 
 
 @triton.jit
-def entry_at(
-    near, columns, counts, head, i, total, count, PAGE: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
+def entries_at(
+    row, ends, head, quad, left, count, PAGE: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
     IS_SPREAD: tl.constexpr,
 ):  # fmt: skip
-    """Entry ``i`` of what is left of a row: at the places of the splits, or one after another."""
+    """Quads ``[Q]`` of what is left of a row, ``[4, Q]``: at the places of the splits, or one after another."""
     if IS_SPREAD:
-        return near_at(near, columns, counts, head, i, total, count, PAGE, SPLITS, LEAST)
+        return near_at(row, ends, head, quad, count, PAGE, SPLITS, LEAST)
     else:
-        return tl.load(near + head.to(tl.int64) * columns + i, mask=i < total, other=float("-inf"))
+        places = quad[None, :] * 4 + tl.arange(0, 4)[:, None]
+        return tl.load(row + places, mask=(quad < left)[None, :], other=float("-inf"))

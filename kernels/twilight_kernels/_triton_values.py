@@ -116,15 +116,14 @@ def weigh_codes(
         highs = tl.load(row + count // 2 + tl.arange(0, count // 4)[None, None, :], mask=exists[:, :, None], other=0)
         nibbles = nibble_words(words, repeated(highs), is_first)
         for k in tl.static_range(4):
-            folds, unit = folded[k * count // GROUP], units[k * count // GROUP]
-            tiles = tiles + (plane_product(folds, unit, nibbles[k % 2], k // 2 * 4, BITS),)
+            tiles = tiles + (plane_product(folded, units, nibbles[k % 2], k // 2 * 4, BITS, k * count // GROUP),)
     else:
         for k in tl.static_range(8 // BITS):
             for part in tl.static_range(count // width):
-                folds, unit = folded[(k * count + part * width) // GROUP], units[(k * count + part * width) // GROUP]
                 column = part * (width // 2) + tl.arange(0, width // 2)
                 words = tl.load(row + column[None, None, :], mask=exists[:, :, None], other=0)
-                tiles = tiles + (plane_product(folds, unit, words, k * BITS, BITS),)
+                found = plane_product(folded, units, words, k * BITS, BITS, (k * count + part * width) // GROUP)
+                tiles = tiles + (found,)
     return acc + join_tiles(tiles, acc.shape[0], acc.shape[1], DV, DV // width), biases
 
 
@@ -137,13 +136,13 @@ def weight_columns(weights, is_rest):
 
 
 @triton.jit
-def plane_product(weighed, unit, words, SHIFT: tl.constexpr, BITS: tl.constexpr):
-    """Weighed sums ``[L, M, 2 * W]`` of the codes at bit ``SHIFT`` of the bytes of words ``[L, T, W]``."""
+def plane_product(folded, units, words, SHIFT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
+    """Weighed sums ``[L, M, 2 * W]`` of the codes at bit ``SHIFT`` of words' bytes ``[L, T, W]``, all of one group."""
     lanes: tl.constexpr = words.shape[0]
-    found = heads_of(product(code_rows(words, SHIFT, BITS), weighed))
+    found = heads_of(product(code_rows(words, SHIFT, BITS), folded[GROUP]))
     found = found.reshape(lanes, 2, words.shape[2], found.shape[2])
     sums = tl.permute(found, (0, 3, 2, 1)).reshape(lanes, found.shape[3], 2 * words.shape[2])
-    return sums * (unit * (1.0 / (1 << SHIFT)))[:, None, None]
+    return sums * (units[GROUP] * (1.0 / (1 << SHIFT)))[:, None, None]
 
 
 @triton.jit
