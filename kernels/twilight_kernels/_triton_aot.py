@@ -41,6 +41,7 @@ class AotCase:
         constexprs: the constants.
         num_warps, num_stages: as launched.
         max_registers: of a thread, as launched with ``maxnreg``; None leaves it to the compiler.
+        fuses: as launched with ``enable_fp_fusion``.
     """
 
     name: str
@@ -50,6 +51,7 @@ class AotCase:
     num_warps: int = 4
     num_stages: int = 2
     max_registers: int | None = None
+    fuses: bool = True
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ def _source(case: AotCase) -> tuple[ASTSource, dict[str, Any]]:
         if kind.startswith("*") or kind.endswith(f":{_ALIGNED}"):
             attributes[(index,)] = [["tt.divisibility", _ALIGNED]]
     options: dict[str, Any] = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options["enable_fp_fusion"] = case.fuses
     if case.max_registers:
         options["maxnreg"] = case.max_registers
     return ASTSource(case.kernel, signature, dict(case.constexprs), attributes), options

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 
 from ._triton_gather import LEAST_LOGIT, fours, places_of
-from ._triton_tiles import exponential, load_halves, load_query, load_rests, product, segment, soften
+from ._triton_tiles import exponential, load_query, product, segment
 from ._triton_values import add_weighed, weigh_codes, weigh_numbers
+from ._triton_words import load_halves, load_rests
 
 RUN = 256  # plain tokens of one slot
 
@@ -93,6 +94,17 @@ def plain_kernel(
         weights, top, total, acc = soften(logits, top, total, acc)
         acc = add_weighed(weights, value, acc)
     store_part(parts, tops, sums, pair.to(tl.int64) * slots + run, top, total, acc, M, PER_KV, DV, VP)
+
+
+@triton.jit
+def soften(logits, top, total, acc):
+    """One step of the online softmax over the last axis: weights, and what was summed so far in their unit."""
+    axis: tl.constexpr = len(logits.shape) - 1
+    new_top = tl.maximum(top, tl.max(logits, axis))
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing yet: not a number from inf - inf
+    weights = tl.exp(logits - tl.expand_dims(base, axis))
+    shrink = tl.exp(top - base)
+    return weights, new_top, total * shrink + tl.sum(weights, axis), acc * tl.expand_dims(shrink, axis)
 
 
 @triton.jit(do_not_specialize=["min_sparse_len", "columns", "num_listed", "runs"])

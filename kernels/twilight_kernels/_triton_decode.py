@@ -31,6 +31,7 @@ from ._triton_logits import logits_kernel
 from ._triton_merge import LISTED_TILE, SLOT_TILE, merge_kernel
 from ._triton_prune import QUADS, find_limits
 from ._triton_tiles import (
+    FUSED,
     LEAST_TOKENS,
     REGISTERS,
     SPLITS,
@@ -92,7 +93,7 @@ def decode_attention(
             *counters, _or(stats, out), min_sparse_len, heads, slots, slots - SPLITS, PER_KV=per_kv, DV=value_dim,
             VP=power_of_two(value_dim), PAGE=key_pages.codec.page_size, PRUNES=p < 1.0,
             HAS_PAGES=listed is not None, HAS_TOKENS=candidate_tokens is not None, HAS_STATS=stats is not None,
-            SLOTS=power_of_two(slots), TILE=SLOT_TILE, LISTED=LISTED_TILE, **_splits(key_pages), num_warps=4,
+            SLOTS=power_of_two(slots), TILE=SLOT_TILE, LISTED=LISTED_TILE, **_splits(key_pages), num_warps=4, **FUSED,
         )  # fmt: skip
     return out
 
@@ -119,6 +120,7 @@ def _attend_plain(
         triton.cdiv(num_sinks, capacity), *appended, parts, tops, sums, scaling, kv_heads, shape[1], capacity,
         **_heads(query, kv_heads, value_dim), HAS_NEW=new_key is not None, IS_PAGED=plain_table is not None, RUN=RUN,
         T=min(32, _tile(query, value_dim)), num_warps=_warps(query, value_dim), num_stages=2, maxnreg=REGISTERS,
+        **FUSED,
     )  # fmt: skip
     return parts, tops, sums
 

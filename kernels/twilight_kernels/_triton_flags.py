@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._triton_prune import BLOCK, row_masses, top_p_threshold
+from ._triton_tiles import FUSED
 
 
 def top_p_flags(logits: Tensor, p: float, *, forced_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,7 +23,7 @@ def top_p_flags(logits: Tensor, p: float, *, forced_lse: Tensor) -> tuple[Tensor
     limits = top_p_threshold(flat, p, forced_lse=forced_lse.flatten())
     with torch.cuda.device_of(logits):
         flags_kernel[(rows * kv_heads, triton.cdiv(columns, BLOCK))](
-            logits, limits, flags.view(torch.uint8), columns, PER_KV=per_kv, BLOCK=BLOCK, num_warps=4
+            logits, limits, flags.view(torch.uint8), columns, PER_KV=per_kv, BLOCK=BLOCK, num_warps=4, **FUSED
         )
         tops, sums = row_masses(flat)
         kept_tops, kept_sums = row_masses(logits.masked_fill(~flags.unsqueeze(2), -torch.inf).flatten(0, 2))

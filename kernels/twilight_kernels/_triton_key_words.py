@@ -10,21 +10,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._triton_tiles import (
+from ._triton_tiles import QUERY, exact_unit, product
+from ._triton_words import (
     CODE,
-    QUERY,
     code_rows,
-    exact_unit,
     heads_of,
     join_tiles,
     load_halves,
     load_rests,
     nibble_words,
-    product,
     repeated,
     rounding_of_product,
 )
 
+LARGEST_UNIT = tl.constexpr(32768.0)  # whose inverse float16 holds
 LOW_ROWS = tl.constexpr(16)  # as many as a tile of tensor cores has; all of them the same
 
 
@@ -98,7 +97,7 @@ def column_logits(
     largest = tl.max(steps[0].to(tl.float32), 1)
     for k in tl.static_range(1, len(steps)):
         largest = tl.maximum(largest, tl.max(steps[k].to(tl.float32), 1))
-    unit, inverse = exact_unit(tl.minimum(tl.maximum(largest, 0.000030517578125), 32768.0))
+    unit, inverse = exact_unit(tl.minimum(tl.maximum(largest, 1 / LARGEST_UNIT), LARGEST_UNIT))
     field: tl.constexpr = 2 if BITS == 3 else BITS
     columns: tl.constexpr = PAGE * field // 16
     query, words, odd_words = (), (), ()

@@ -8,13 +8,15 @@ too large for registers, which are unpacked, are read in parts by all warps.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
 from ._triton_key_words import exact_columns, load_patterns, query_columns, score_columns
 from ._triton_tiles import (
-    CODE,
     FEW_REGISTERS,
+    FUSED,
     QUERY,
     REGISTERS,
     channel_parts,
@@ -26,6 +28,7 @@ from ._triton_tiles import (
     tile_tokens,
     unpack_codes,
 )
+from ._triton_words import CODE
 
 WARPS = tl.constexpr(4)
 _WORDS = 2048  # of a page, as many as a warp has registers for: 64 tokens of 128 channels, four bits each
@@ -48,19 +51,19 @@ def score_shape(page_size: int, dim: int, bits: int, per_kv: int) -> dict[str, i
     }  # fmt: skip
 
 
-def logits_launch(shape: dict[str, int], has_tokens: bool, is_wide: bool) -> dict[str, int]:
+def logits_launch(shape: dict[str, int], has_tokens: bool, is_wide: bool) -> dict[str, Any]:
     """How to launch ``logits_kernel``: ``score_launch``, with few registers where they are enough for it."""
     fits = shape["BITS"] != 3 or not (has_tokens or shape["RP"])
     registers = {"maxnreg": FEW_REGISTERS} if shape["LANES"] > 1 and fits and not is_wide else {}
     return {**score_launch(shape), **registers}
 
 
-def score_launch(shape: dict[str, int]) -> dict[str, int]:
+def score_launch(shape: dict[str, int]) -> dict[str, Any]:
     """How to launch a kernel of ``score_shape``: a warp takes a page, or two where one has not enough registers."""
     is_whole = shape["LANES"] > 1
     words = _words(shape["PAGE"], shape["DP"], shape["BITS"])
     is_large = words > _WORDS if is_whole else shape["M"] * shape["DP"] > 2048
-    return {"num_warps": 8 if is_large else 4, "num_stages": 1 if is_whole else 2, "maxnreg": REGISTERS}
+    return {"num_warps": 8 if is_large else 4, "num_stages": 1 if is_whole else 2, "maxnreg": REGISTERS, **FUSED}
 
 
 def _words(page_size: int, channels: int, bits: int) -> int:

@@ -114,12 +114,12 @@ def _score_cases(configuration: tuple[Any, ...]) -> list[AotCase]:
     few = channel_shape(per_kv, dim, page, dim // 4, bits)
     judged = {"PAGES": _PAGES, "LEVELS": 0 if bits == 16 else (1 << bits) - 1}
     launch = score_launch(scored)
-    types, bounded = {**codes, "tokens": "fp32"}, {"maxnreg": REGISTERS}
+    types = {**codes, "tokens": "fp32"}
     return [
         _case(name, _key_logits_kernel, codes, dtype, scored, splits, **launch),
         _case(name, channels_kernel, codes, dtype, few, **launch),
         *(
-            _case(name, _judge_kernel, types, dtype, scored, judged, {"IS_MASS": flag}, **bounded)
+            _case(name, _judge_kernel, types, dtype, scored, judged, {"IS_MASS": flag}, maxnreg=REGISTERS)
             for flag in (False, True)
         ),
     ]
@@ -138,9 +138,10 @@ def _codec_cases(configuration: tuple[Any, ...]) -> list[AotCase]:
         types = {"x": f"*{dtype}", "out": f"*{dtype}", "codes": "*u8", "clip": "fp32", "stride": "i32"}
         types |= {"lo": "*fp16", "step": "*fp16", "page_ids": "*i32", "row_stride": "i32", "head_stride": "i32"}
         ranged = {"LEVELS": (1 << bits) - 1, "IS_KEY": is_key}
-        found.append(_case(name, range_kernel, types, dtype, shape, ranged, maxnreg=REGISTERS))
-        found.append(_case(name, pack_kernel, types, dtype, shape, {"BITS": bits}, maxnreg=REGISTERS))
-        found.append(_case(name, load_kernel, types, dtype, shape, {"BITS": bits}, maxnreg=REGISTERS))
+        options: dict[str, Any] = {"maxnreg": REGISTERS, "enable_fp_fusion": False}
+        found.append(_case(name, range_kernel, types, dtype, shape, ranged, **options))
+        found.append(_case(name, pack_kernel, types, dtype, shape, {"BITS": bits}, **options))
+        found.append(_case(name, load_kernel, types, dtype, shape, {"BITS": bits}, **options))
     return found
 
 
@@ -166,7 +167,7 @@ def _row_cases() -> list[AotCase]:
 
 def _case(
     name: str, kernel: Any, types: dict[str, str], dtype: str, *constants: dict[str, Any], num_warps: int = 4,
-    num_stages: int = 2, maxnreg: int | None = None,
+    num_stages: int = 2, maxnreg: int | None = None, enable_fp_fusion: bool = True,
 ) -> AotCase:  # fmt: skip
     """Name the types of all arguments; of the constants, those that the kernel has."""
     given = {key: value for part in constants for key, value in part.items()}
@@ -177,7 +178,7 @@ def _case(
         for key in kernel.arg_names
         if key not in constexprs
     }
-    return AotCase(name, kernel, signature, constexprs, num_warps, num_stages, maxnreg)
+    return AotCase(name, kernel, signature, constexprs, num_warps, num_stages, maxnreg, enable_fp_fusion)
 
 
 def _codes(dtype: str, bits: int) -> str:

@@ -17,6 +17,7 @@ from ._triton_aot import AotCase
 from ._triton_stripe_attend import attend_kernel, list_kernel
 from ._triton_stripe_mass import column_kernel, lse_kernel
 from ._triton_stripe_select import choose_kernel
+from ._triton_tiles import FUSED
 from .stripe_plan import StripePlan
 
 _SCRATCH_BYTES = 512 << 20
@@ -81,8 +82,9 @@ def attend_stripes(
         for first in range(0, strips, wave):
             here = min(wave, strips - first)
             list_kernel[(here, tasks)](
-                mask, padding, listed, lengths, first, strips, rows, total, **_list_shape(plan, kv_heads), num_warps=4
-            )
+                mask, padding, listed, lengths, first, strips, rows, total, **_list_shape(plan, kv_heads), num_warps=4,
+                **FUSED,
+            )  # fmt: skip
             attend_kernel[(parts, here, tasks)](
                 query, keys, values, padding, listed, lengths, out, *places, first, rows, total, scaling / math.log(2),
                 **shape, **_attend_options(shape),
@@ -117,7 +119,7 @@ def _select_shape(dim: int, dtype: torch.dtype, q_per_kv: int, plan: StripePlan,
 
 def _select_options(shape: dict[str, Any]) -> dict[str, int]:
     is_narrow = shape["PRECISION"] == "ieee" and shape["HEADS"] * shape["SLOTS"] <= 64
-    return {"num_warps": 4 if is_narrow else 8, "num_stages": _stages(shape), "maxnreg": _REGISTERS}
+    return {"num_warps": 4 if is_narrow else 8, "num_stages": _stages(shape), "maxnreg": _REGISTERS, **FUSED}
 
 
 def _list_shape(plan: StripePlan, kv_heads: int) -> dict[str, Any]:
@@ -142,7 +144,7 @@ def _attend_shape(
 
 
 def _attend_options(shape: dict[str, Any]) -> dict[str, int]:
-    return {"num_warps": 8, "num_stages": _stages(shape)}
+    return {"num_warps": 8, "num_stages": _stages(shape), **FUSED}
 
 
 def _stages(shape: dict[str, Any]) -> int:

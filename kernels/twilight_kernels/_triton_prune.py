@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._triton_gather import LEAST_LOGIT, fours, places_of
-from ._triton_tiles import LEAST_TOKENS, REGISTERS, SPLITS, exponential, grid_splits, segment
+from ._triton_tiles import FUSED, LEAST_TOKENS, REGISTERS, SPLITS, exponential, grid_splits, segment
 
 ROUNDS = 6  # of 16 parts each: 2 ** -24 of the range
 BLOCK = 1024  # logits that are looked at at once
@@ -42,8 +42,9 @@ def row_masses(logits: Tensor) -> tuple[Tensor, Tensor]:
     tops = torch.full((rows, SPLITS), -torch.inf, device=logits.device)
     sums = torch.zeros_like(tops)
     mass_kernel[(rows, grid_splits(columns, LEAST_TOKENS))](
-        logits, logits.stride(0), columns, tops, sums, SPLITS=SPLITS, LEAST=LEAST_TOKENS, BLOCK=BLOCK, num_warps=4
-    )
+        logits, logits.stride(0), columns, tops, sums, SPLITS=SPLITS, LEAST=LEAST_TOKENS, BLOCK=BLOCK, num_warps=4,
+        **FUSED,
+    )  # fmt: skip
     return tops, sums
 
 
@@ -85,15 +86,16 @@ def find_limits(
     length = lengths, num_listed or 0, min_sparse_len, rows // len(lengths)
     start_kernel[(rows,)](
         tops, sums, plain_tops, plain_sums, runs, plain_tops.numel() // rows, known, masses, *length, p,
-        min_keep, PER_KV=per_kv, **shape, RUNS=triton.next_power_of_2(max(1, runs)), num_warps=1,
+        min_keep, PER_KV=per_kv, **shape, RUNS=triton.next_power_of_2(max(1, runs)), num_warps=1, **FUSED,
     )  # fmt: skip
     splits = grid_splits(columns // page_size, shape["LEAST"])
     collect_kernel[(rows, splits)](
-        logits, logits.stride(0), near, quads, counts, known, *length, **shape, BLOCK=BLOCK, QUADS=QUADS, num_warps=4
-    )
+        logits, logits.stride(0), near, quads, counts, known, *length, **shape, BLOCK=BLOCK, QUADS=QUADS, num_warps=4,
+        **FUSED,
+    )  # fmt: skip
     limit_kernel[(rows,)](
         near, quads, counts, known, limits, kept, *length, min_keep, **shape, QUADS=2 * QUADS, ROUNDS=ROUNDS,
-        num_warps=8, maxnreg=REGISTERS,
+        num_warps=8, maxnreg=REGISTERS, **FUSED,
     )  # fmt: skip
     return limits, kept, masses
 

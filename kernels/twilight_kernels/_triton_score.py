@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ._triton_keys import load_key_query, score_launch, score_pages, score_shape
 from ._triton_tiles import (
+    FUSED,
     LEAST_TOKENS,
     REGISTERS,
     SPLITS,
@@ -72,7 +73,7 @@ def _judge_pages(
             query, *query.stride()[:2], pages.codes, pages.lo, pages.step, table, columns, num_pages.contiguous(),
             out, scaling, tokens, math.sqrt(2 * tokens), kv_heads, PER_KV=heads // kv_heads,
             **channel_parts(dim), PAGE=page_size, LEVELS=0 if pages.codec.is_raw else pages.codec.levels,
-            IS_MASS=is_mass, PAGES=_PAGES, num_warps=4, num_stages=2, maxnreg=REGISTERS,
+            IS_MASS=is_mass, PAGES=_PAGES, num_warps=4, num_stages=2, maxnreg=REGISTERS, **FUSED,
         )  # fmt: skip
     return out
 

@@ -6,25 +6,23 @@ in ``_triton_keys``; else values are unpacked.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
 from ._triton_tiles import (
-    CODE,
+    FUSED,
     REGISTERS,
-    code_rows,
     exact_unit,
     field_bits,
-    heads_of,
-    join_tiles,
-    nibble_words,
     power_of_two,
     product,
-    repeated,
     tile_tokens,
     unpack_codes,
     warps_for,
 )
+from ._triton_words import CODE, code_rows, heads_of, join_tiles, nibble_words, repeated
 
 LEAST_STEP = tl.constexpr(2.0**-24)  # above zero of float16
 
@@ -46,10 +44,10 @@ def value_shape(dim: int, bits: int, group: int, per_kv: int, is_wide: bool) -> 
     }  # fmt: skip
 
 
-def value_launch(shape: dict[str, int], is_wide: bool) -> dict[str, int]:
+def value_launch(shape: dict[str, int], is_wide: bool) -> dict[str, Any]:
     """How to launch a kernel of ``value_shape``."""
     warps = 4 if shape["FOLDS"] else warps_for(is_wide, shape["DV"])
-    return {"num_warps": warps, "num_stages": 1, "maxnreg": REGISTERS}
+    return {"num_warps": warps, "num_stages": 1, "maxnreg": REGISTERS, **FUSED}
 
 
 @triton.jit
