@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ._triton_tiles import (
+    FEW_REGISTERS,
     FUSED,
     REGISTERS,
     exact_unit,
@@ -47,7 +48,8 @@ def value_shape(dim: int, bits: int, group: int, per_kv: int, is_wide: bool) -> 
 def value_launch(shape: dict[str, int], is_wide: bool) -> dict[str, Any]:
     """How to launch a kernel of ``value_shape``."""
     warps = 4 if shape["FOLDS"] else warps_for(is_wide, shape["DV"])
-    return {"num_warps": warps, "num_stages": 1, "maxnreg": REGISTERS, **FUSED}
+    registers = FEW_REGISTERS if shape["FOLDS"] else REGISTERS
+    return {"num_warps": warps, "num_stages": 1, "maxnreg": registers, **FUSED}
 
 
 @triton.jit
