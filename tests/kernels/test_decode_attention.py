@@ -405,10 +405,7 @@ def _in_pages(scene: Any, num_sinks: int) -> tuple[PlainTokens, Tensor]:
     return PlainTokens(keys, values), slots.to(torch.int32)
 
 
-@pytest.mark.interpreted(
-    "16-0.9-70",
-    "3-1.0-4",
-)
+@pytest.mark.interpreted("16-0.9-70")
 @pytest.mark.parametrize("num_sinks", [0, 4, 70])
 @pytest.mark.parametrize("p", [0.9, 1.0])
 @pytest.mark.parametrize("bits", [3, 16])
