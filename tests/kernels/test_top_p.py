@@ -72,6 +72,17 @@ def test_kept_mass_is_enough_and_no_token_is_spare(name: str, p: float, device: 
     assert bool((_mass(logits, fewer) < p + TOLERANCE).all())
 
 
+@pytest.mark.interpreted
+@pytest.mark.parametrize("count", [1, 3, 257, 16451])
+def test_rows_of_any_length_keep_nearly_all(count: int, device: str) -> None:
+    """Wherever the parts of a row begin and end that are looked at together, nothing is lost or seen twice."""
+    logits = torch.linspace(0, 1, 2 * count)[torch.randperm(2 * count, generator=torch.Generator().manual_seed(0))]
+    rows = logits.view(2, count)
+    kept, exact = (_kept(rows, found(rows.to(x), 0.999).cpu()) for found, x in
+                   ((top_p_threshold, device), (_reference.top_p_threshold, "cpu")))  # fmt: skip
+    assert torch.equal(kept, exact)
+
+
 @pytest.mark.interpreted(
     "outlier-0.95",
 )
