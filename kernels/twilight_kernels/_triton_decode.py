@@ -6,7 +6,8 @@ block table. Launches of a step with ``p < 1``:
 
 1. ``plain_kernel`` writes the step's token and attends to sinks and window;
 2. ``logits_kernel`` reads the packed keys, the only time: codes times the folded query;
-3. ``start_kernel``, ``collect_kernel``, ``limit_kernel`` (``_triton_prune``) find what each query head needs;
+3. ``start_kernel``, ``collect_kernel``, ``limit_kernel`` (``_triton_prune``) find what each query head needs, the
+   last alone where all rows are short;
 4. ``kept_kernel`` lists the union over the query heads of a KV head, and attends to it;
 5. ``merge_kernel`` merges all parts by log-sum-exp and adds up the counters.
 

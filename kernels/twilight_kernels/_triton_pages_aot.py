@@ -150,11 +150,11 @@ def _row_cases() -> list[AotCase]:
     for per_kv, page, is_listed in ((4, 64, False), (1, 1, False), (8, 16, True)):
         name = f"{per_kv} heads, pages of {page}"
         shape = {"PAGE": page, "HAS_LISTED": is_listed, "SPLITS": SPLITS, "LEAST": max(1, LEAST_TOKENS // page)}
-        narrowed = {"QUADS": 2 * QUADS, "ROUNDS": ROUNDS}
+        starts, narrowed = {"PER_KV": per_kv, "RUNS": 4}, {"QUADS": 2 * QUADS, "ROUNDS": ROUNDS}
         found += [
-            _case(name, start_kernel, {}, "", shape, {"PER_KV": per_kv, "RUNS": 4}, num_warps=1),
+            _case(name, start_kernel, {}, "", shape, starts, num_warps=1),
             _case(name, collect_kernel, {}, "", shape, {"BLOCK": BLOCK, "QUADS": QUADS}),
-            _case(name, limit_kernel, {}, "", shape, narrowed, num_warps=8, maxnreg=REGISTERS),
+            _case(name, limit_kernel, {}, "", shape, starts, narrowed, num_warps=8, maxnreg=REGISTERS),
         ]
     rows = {"SPLITS": SPLITS, "LEAST": LEAST_TOKENS, "BLOCK": BLOCK}
     flags = {"PER_KV": 4, "BLOCK": BLOCK}

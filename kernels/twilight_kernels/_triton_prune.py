@@ -4,8 +4,8 @@ Definition: ``_reference.top_p_threshold``. Scoring leaves the largest logit and
 them ``start_kernel`` knows a logit below which nothing is needed (all tokens below
 ``largest + ln((1 - p) * mass / count)`` together weigh less than ``1 - p``), ``collect_kernel`` gathers what each split
 holds above; one block a row then narrows the threshold by fifteen trial limits a round and drops what lies outside of
-the part that is left. Sums run in fixed orders and nothing is added atomically: the same row gives the same bits,
-whatever is computed beside it.
+the part that is left. Of a short row that block does all three. A row's own length decides, sums run in fixed orders
+and nothing is added atomically: the same row gives the same bits, whatever is computed beside it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ._triton_tiles import FUSED, LEAST_TOKENS, REGISTERS, SPLITS, exponential, 
 ROUNDS = 6  # of 16 parts each: 2 ** -24 of the range
 BLOCK = 1024  # logits that are looked at at once
 QUADS = 128  # four logits for each thread of a block of four warps
+SHORT_ROW = tl.constexpr(8192)  # logits that one block gathers: two more launches would cost as much
 
 
 def top_p_threshold(logits: Tensor, p: float, *, forced_lse: Tensor | None = None, min_keep: int = 0) -> Tensor:
@@ -84,18 +85,17 @@ def find_limits(
         "HAS_LISTED": num_listed is not None,
     }  # fmt: skip
     length = lengths, num_listed or 0, min_sparse_len, rows // len(lengths)
-    start_kernel[(rows,)](
-        tops, sums, plain_tops, plain_sums, runs, plain_tops.numel() // rows, known, masses, *length, p,
-        min_keep, PER_KV=per_kv, **shape, RUNS=triton.next_power_of_2(max(1, runs)), num_warps=1, **FUSED,
-    )  # fmt: skip
-    splits = grid_splits(columns // page_size, shape["LEAST"])
-    collect_kernel[(rows, splits)](
-        logits, logits.stride(0), near, quads, counts, known, *length, **shape, BLOCK=BLOCK, QUADS=QUADS, num_warps=4,
-        **FUSED,
-    )  # fmt: skip
+    parts = tops, sums, plain_tops, plain_sums, runs, plain_tops.numel() // rows
+    starts = {"PER_KV": per_kv, "RUNS": triton.next_power_of_2(max(1, runs))}
+    if columns > SHORT_ROW.value:
+        start_kernel[(rows,)](*parts, known, masses, *length, p, min_keep, **shape, **starts, num_warps=1, **FUSED)
+        collect_kernel[(rows, grid_splits(columns // page_size, shape["LEAST"]))](
+            logits, logits.stride(0), near, quads, counts, known, *length, **shape, BLOCK=BLOCK, QUADS=QUADS,
+            num_warps=4, **FUSED,
+        )  # fmt: skip
     limit_kernel[(rows,)](
-        near, quads, counts, known, limits, kept, *length, min_keep, **shape, QUADS=2 * QUADS, ROUNDS=ROUNDS,
-        num_warps=8, maxnreg=REGISTERS, **FUSED,
+        logits, logits.stride(0), near, quads, counts, known, *parts, masses, limits, kept, *length, p, min_keep,
+        **shape, **starts, QUADS=2 * QUADS, ROUNDS=ROUNDS, num_warps=8, maxnreg=REGISTERS, **FUSED,
     )  # fmt: skip
     return limits, kept, masses
 
@@ -124,14 +124,32 @@ def start_kernel(
     min_keep, PER_KV: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
     HAS_LISTED: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
-    """Write what the masses of its splits tell of a row: the log of the whole mass, and four numbers.
+    """Write what is known of a row, if it is long, before its logits are looked at (see ``row_start``)."""
+    head = tl.program_id(0)
+    count = row_length(head, lengths, num_listed, min_sparse_len, heads, PAGE, HAS_LISTED)
+    if count * PAGE <= SHORT_ROW:
+        return
+    mass, start, top, base, need = row_start(
+        tops, sums, plain_tops, plain_sums, runs, slots, head, count, p, min_keep, PER_KV, PAGE, SPLITS, LEAST, RUNS
+    )
+    tl.store(masses + head, mass)
+    tl.store(known + head * 4, start)
+    tl.store(known + head * 4 + 1, top)
+    tl.store(known + head * 4 + 2, base)
+    tl.store(known + head * 4 + 3, need)
+
+
+@triton.jit
+def row_start(
+    tops, sums, plain_tops, plain_sums, runs, slots, head, count, p, min_keep, PER_KV: tl.constexpr,
+    PAGE: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr, RUNS: tl.constexpr,
+):  # fmt: skip
+    """What the masses of its splits tell of a row: the log of the whole mass, and four numbers.
 
     A logit below which nothing is needed, ``-inf`` if none is known; the largest; the largest of what is kept in any
     case, too; the mass that is needed in that one's unit.
     """
-    head = tl.program_id(0)
     pair, g = head // PER_KV, head % PER_KV
-    count = row_length(head, lengths, num_listed, min_sparse_len, heads, PAGE, HAS_LISTED)
     split = tl.arange(0, SPLITS)
     first, _last = segment(count, split, SPLITS, LEAST)
     place = (pair * SPLITS + split) * PER_KV + g
@@ -153,11 +171,7 @@ def start_kernel(
     if min_keep > 0:  # the least split maximum that has min_keep of them at or above it
         above = tl.sum((split_tops[None, :] >= split_tops[:, None]).to(tl.int32), 1)
         start = tl.minimum(start, tl.max(tl.where(above >= min_keep, split_tops, float("-inf")), 0))
-    tl.store(masses + head, base + tl.log(whole))
-    tl.store(known + head * 4, start)
-    tl.store(known + head * 4 + 1, top)
-    tl.store(known + head * 4 + 2, base)
-    tl.store(known + head * 4 + 3, p * whole - forced)
+    return base + tl.log(whole), start, top, base, p * whole - forced
 
 
 @triton.jit
@@ -177,11 +191,11 @@ def collect_kernel(
     logits, stride, near, quads, counts, known, lengths, num_listed, min_sparse_len, heads, PAGE: tl.constexpr,
     SPLITS: tl.constexpr, LEAST: tl.constexpr, HAS_LISTED: tl.constexpr, BLOCK: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
-    """Gather what may be needed of one split of one row, at the split's own place."""
+    """Gather what may be needed of one split of one long row, at the split's own place."""
     head, split = tl.program_id(0), tl.program_id(1)
     count = row_length(head, lengths, num_listed, min_sparse_len, heads, PAGE, HAS_LISTED)
     first, last = segment(count, split, SPLITS, LEAST)
-    if first >= last:
+    if first >= last or count * PAGE <= SHORT_ROW:
         return
     start = tl.maximum(tl.load(known + head * 4), LEAST_LOGIT)
     source = logits + head.to(tl.int64) * stride
@@ -234,21 +248,56 @@ def near_at(row, ends, head, quad, count, PAGE: tl.constexpr, SPLITS: tl.constex
     return tl.load(row + entries, mask=exists[None, :], other=float("-inf"))
 
 
-@triton.jit(do_not_specialize=["quads", "num_listed", "min_sparse_len", "heads", "min_keep"])
+@triton.jit(do_not_specialize=["quads", "runs", "slots", "num_listed", "min_sparse_len", "heads", "min_keep"])
 def limit_kernel(
-    near, quads, counts, known, limits, kept, lengths, num_listed, min_sparse_len, heads, min_keep,
-    PAGE: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr, HAS_LISTED: tl.constexpr, QUADS: tl.constexpr,
+    logits, stride, near, quads, counts, known, tops, sums, plain_tops, plain_sums, runs, slots, masses, limits, kept,
+    lengths, num_listed, min_sparse_len, heads, p, min_keep, PER_KV: tl.constexpr, PAGE: tl.constexpr,
+    SPLITS: tl.constexpr, LEAST: tl.constexpr, HAS_LISTED: tl.constexpr, RUNS: tl.constexpr, QUADS: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    """Narrow the threshold of one row among what was gathered of it."""
+    """Narrow the threshold of one row among what was gathered of it; of a short row that is done here, too."""
     head = tl.program_id(0)
     count = row_length(head, lengths, num_listed, min_sparse_len, heads, PAGE, HAS_LISTED)
-    low, top = tl.load(known + head * 4), tl.load(known + head * 4 + 1)
-    base, need = tl.load(known + head * 4 + 2), tl.load(known + head * 4 + 3)
-    split = tl.arange(0, SPLITS)
-    first, _last = segment(count, split, SPLITS, LEAST)
-    found = tl.load(counts + head * SPLITS + split, mask=first < count, other=0)
-    total = tl.sum(found, 0)
+    row = near_row(near, head, quads)
+    if count * PAGE <= SHORT_ROW:
+        mass, low, top, base, need = row_start(
+            tops, sums, plain_tops, plain_sums, runs, slots, head, count, p, min_keep, PER_KV, PAGE, SPLITS, LEAST, RUNS
+        )
+        tl.store(masses + head, mass)
+        source, start, found = logits + head.to(tl.int64) * stride, tl.maximum(low, LEAST_LOGIT), 0
+        for begin in range(0, count * PAGE, 4 * QUADS):
+            at = begin + fours(QUADS)
+            x = tl.load(source + at, mask=at < count * PAGE, other=float("-inf"))
+            is_near = (x >= start).to(tl.int32)
+            places, found = places_of((is_near,), found)
+            tl.store(row + places[0], x, mask=is_near > 0)
+        rest = tl.arange(0, 4)
+        tl.store(row + found + rest, float("-inf"), mask=rest < (-found & 3))
+        tl.debug_barrier()  # what was gathered is read by other threads than those that wrote it
+        find_limit(
+            row, counts, limits, kept, head, found, (found + 3) // 4, count, low, top, base, need, min_keep, PAGE,
+            SPLITS, LEAST, QUADS, ROUNDS, False,
+        )  # fmt: skip
+    else:
+        split = tl.arange(0, SPLITS)
+        first, _last = segment(count, split, SPLITS, LEAST)
+        gathered = tl.load(counts + head * SPLITS + split, mask=first < count, other=0)
+        ends = tl.cumsum((gathered + 3) // 4, 0)
+        tl.store(counts + head * SPLITS + split, ends)
+        tl.debug_barrier()  # the ends are read by other threads than those that wrote them
+        find_limit(
+            row, counts, limits, kept, head, tl.sum(gathered, 0), tl.max(ends, 0), count, tl.load(known + head * 4),
+            tl.load(known + head * 4 + 1), tl.load(known + head * 4 + 2), tl.load(known + head * 4 + 3), min_keep,
+            PAGE, SPLITS, LEAST, QUADS, ROUNDS, True,
+        )  # fmt: skip
+
+
+@triton.jit
+def find_limit(
+    row, ends, limits, kept, head, total, left, count, low, top, base, need, min_keep, PAGE: tl.constexpr,
+    SPLITS: tl.constexpr, LEAST: tl.constexpr, QUADS: tl.constexpr, ROUNDS: tl.constexpr, IS_SPREAD: tl.constexpr,
+):  # fmt: skip
+    """Write the threshold of a row, of which ``left`` quads hold ``total`` entries, and how many it keeps."""
     if total == 0:  # nothing there, or everything kept
         tl.store(limits + head, float("-inf"))
         tl.store(kept + head, 0)
@@ -256,26 +305,22 @@ def limit_kernel(
         tl.store(limits + head, float("inf"))
         tl.store(kept + head, 0)
     else:
-        quads_found = tl.cumsum((found + 3) // 4, 0)
-        tl.store(counts + head * SPLITS + split, quads_found)
-        tl.debug_barrier()  # the ends are read by other threads than those that wrote them
-        left = tl.max(quads_found, 0)
-        row = near_row(near, head, quads)
         least = tl.minimum(min_keep, total)
         if low == float("-inf"):  # a short row, all of which was gathered
             low = top
             for start in range(0, left, QUADS):
-                x = near_at(row, counts, head, start + tl.arange(0, QUADS), count, PAGE, SPLITS, LEAST)
+                quad = start + tl.arange(0, QUADS)
+                x = entries_at(row, ends, head, quad, left, count, PAGE, SPLITS, LEAST, IS_SPREAD)
                 low = tl.minimum(low, tl.min(tl.min(tl.where(x > float("-inf"), x, top), 1), 0))
         high, above, over, number = top, 0.0, 0, total
         low, high, above, over, number, left = narrow(
-            row, counts, head, left, count, low, high, top, above, over, need, least, base, PAGE, SPLITS, LEAST,
-            QUADS, True,
+            row, ends, head, left, count, low, high, top, above, over, need, least, base, PAGE, SPLITS, LEAST,
+            QUADS, IS_SPREAD, True,
         )  # fmt: skip
         for _round in range(ROUNDS - 1):
             low, high, above, over, number, left = narrow(
-                row, counts, head, left, count, low, high, top, above, over, need, least, base, PAGE, SPLITS, LEAST,
-                QUADS, False,
+                row, ends, head, left, count, low, high, top, above, over, need, least, base, PAGE, SPLITS, LEAST,
+                QUADS, False, False,
             )  # fmt: skip
         tl.store(limits + head, low)
         tl.store(kept + head, number)
@@ -284,7 +329,7 @@ def limit_kernel(
 @triton.jit
 def narrow(
     row, ends, head, left, count, low, high, top, above, over, need, least, base, PAGE: tl.constexpr,
-    SPLITS: tl.constexpr, LEAST: tl.constexpr, QUADS: tl.constexpr, IS_SPREAD: tl.constexpr,
+    SPLITS: tl.constexpr, LEAST: tl.constexpr, QUADS: tl.constexpr, IS_SPREAD: tl.constexpr, IS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Take the part of ``low .. high`` in which the threshold lies, of 16, and leave only its entries in ``row``.
 
@@ -296,7 +341,7 @@ def narrow(
     """
     trial = tl.arange(0, 16)
     part = trial.to(tl.float32) * 0.0625
-    tried = low + (high - low) * (part * part if IS_SPREAD else part)  # the first is low itself
+    tried = low + (high - low) * (part * part if IS_FIRST else part)  # the first is low itself
     masses = tl.zeros([16, QUADS], tl.float32)
     numbers = tl.zeros([16, QUADS], tl.int32)
     for start in range(0, left, QUADS):

@@ -5,6 +5,7 @@ What a CUDA graph could not capture is refused here.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -79,6 +80,24 @@ def test_256_rows_are_those_of_the_reference(gpu: str, make_scene_on: Callable[.
     exact = _reference.decode_attention(*arguments, **options)
     assert torch.allclose(found.double(), exact, atol=1e-4, rtol=0)
     assert float((exact[1:] - exact[:-1]).abs().amax((1, 2)).min()) > 0.01, "a row would not pass for its neighbour"
+
+
+def test_long_rows_are_pruned_like_short_ones(gpu: str, make_scene_on: Callable[..., Any]) -> None:
+    """Of a long row many blocks gather what one does of a short one, whose bits do not tell what is beside it."""
+    scene = make_scene_on(
+        gpu, pages=(130, 40), plain=(3, 17), kv_heads=1, q_per_kv=2, key_dim=16, value_dim=16, page_size=64,
+        group_size=16, sharpness=2.0,
+    )  # fmt: skip
+    arguments, options = scene.inputs()
+    found = decode_attention(*arguments, **options, p=0.9, min_keep=20)
+    arguments, options = scene.wide().inputs()
+    exact = _reference.decode_attention(*arguments, **options, p=0.9, min_keep=20)
+    assert torch.allclose(found.double(), exact, atol=1e-4, rtol=0)
+    (query, *pages, plain), options = scene.inputs()
+    plain = dataclasses.replace(plain, keys=plain.keys[1:].clone(), values=plain.values[1:].clone())
+    options = {name: x if name == "scaling" else x[1:] for name, x in options.items()}
+    options["block_table"] = options["block_table"][:, :40]
+    assert torch.equal(decode_attention(query[1:], *pages, plain, **options, p=0.9, min_keep=20)[0], found[1])
 
 
 def test_pages_beyond_two_to_the_31_are_found(gpu: str, make_scene_on: Callable[..., Any]) -> None:
