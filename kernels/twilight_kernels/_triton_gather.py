@@ -29,3 +29,10 @@ def places_of(flags, found):
         places = places + (before[None, :] + tl.cumsum(flags[k], 0),)
         before += tl.sum(flags[k], 0)
     return places, found + tl.sum(counts, 0)
+
+
+@triton.jit
+def fill_quad(row, found):
+    """Let the last quad of ``found`` entries of a row end with ``-inf``: they are read by four."""
+    rest = tl.arange(0, 4)
+    tl.store(row + found + rest, float("-inf"), mask=rest < (-found & 3))

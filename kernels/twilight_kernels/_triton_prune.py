@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton_gather import LEAST_LOGIT, fours, places_of
+from ._triton_gather import LEAST_LOGIT, fill_quad, fours, places_of
 from ._triton_tiles import FUSED, LEAST_TOKENS, REGISTERS, SPLITS, exponential, grid_splits, segment
 
 ROUNDS = 6  # of 16 parts each: 2 ** -24 of the range
@@ -210,8 +210,7 @@ def collect_kernel(
         places, found = places_of(flags, found)
         for k in tl.static_range(BLOCK // (4 * QUADS)):
             tl.store(target + places[k], tiles[k], mask=flags[k] > 0)
-    rest = tl.arange(0, 4)
-    tl.store(target + found + rest, float("-inf"), mask=rest < (-found & 3))  # entries are read by four
+    fill_quad(target, found)
     tl.store(counts + head * SPLITS + split, found)
 
 
@@ -271,8 +270,7 @@ def limit_kernel(
             is_near = (x >= start).to(tl.int32)
             places, found = places_of((is_near,), found)
             tl.store(row + places[0], x, mask=is_near > 0)
-        rest = tl.arange(0, 4)
-        tl.store(row + found + rest, float("-inf"), mask=rest < (-found & 3))
+        fill_quad(row, found)
         tl.debug_barrier()  # what was gathered is read by other threads than those that wrote it
         find_limit(
             row, counts, limits, kept, head, found, (found + 3) // 4, count, low, top, base, need, min_keep, PAGE,
@@ -306,7 +304,7 @@ def find_limit(
         tl.store(kept + head, 0)
     else:
         least = tl.minimum(min_keep, total)
-        if low == float("-inf"):  # a short row, all of which was gathered
+        if low == float("-inf"):  # a row of few splits, all of which was gathered
             low = top
             for start in range(0, left, QUADS):
                 quad = start + tl.arange(0, QUADS)
@@ -366,8 +364,7 @@ def narrow(
         places, found = places_of((is_left,), found)
         # in place, and no farther than was read: the sums wait for all of the block's threads
         tl.store(row + places[0], x, mask=is_left > 0)
-    rest = tl.arange(0, 4)
-    tl.store(row + found + rest, float("-inf"), mask=rest < (-found & 3))
+    fill_quad(row, found)
     tl.debug_barrier()  # what is left is read by other threads than those that wrote it
     return low, high, above, over, number, (found + 3) // 4
 

@@ -1,7 +1,7 @@
 """Weighed sums of packed values on a GPU.
 
 Where the shape allows it, the scales of a token are folded into its weights and codes are multiplied as they are, as
-in ``_triton_keys``; else values are unpacked.
+in ``_triton_key_words``; else values are unpacked.
 """
 
 from __future__ import annotations
