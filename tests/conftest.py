@@ -6,7 +6,9 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 from collections.abc import Iterator
+from typing import Any
 
 # A test never needs the network; without this, one that names a missing model waits for it.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -43,6 +45,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give the tests of one case of a kernel, and those without, to one process: two would both compile for them."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, name = nodeid.partition("::")
+            if not file.startswith("tests/kernels/") or "interpreter" in name:
+                return nodeid
+            case = re.search(r"\(.+\)|\{.+\}|\bshape\d+", name)
+            return f"{file} {case[0] if case else ''}"
+
+    return Scheduler(config, log)
 
 
 @pytest.fixture(autouse=True)
