@@ -27,7 +27,8 @@ def aot(
 ) -> None:
     """Compile every GPU kernel at realistic configurations, without a GPU: registers, shared memory, spills.
 
-    Exit status: 1 if one spills, needs more shared memory than a chip has, or does not compile.
+    Exit status: 1 if one spills, needs more shared memory than a chip has, waits for each product of tensor cores, or
+    does not compile.
 
     \b
     Example:

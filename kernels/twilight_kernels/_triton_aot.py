@@ -23,7 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CAPABILITIES = (80, 90, 100)
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one block may opt in to
+# bytes that one block may opt in to; sm_80 has 163 KB, but sm_86, sm_89 and sm_120 run the same tiles and have 99
+SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 _TENSOR_COLUMNS = 512
 _ALIGNED = 16  # what ":16" after a type promises: the launcher passes multiples of it
 _USED = {name: re.compile(rf"\b{name}:(\d+)") for name in ("REG", "STACK", "LOCAL")}
@@ -42,6 +43,7 @@ class AotCase:
         num_warps, num_stages: as launched.
         max_registers: of a thread, as launched with ``maxnreg``; None leaves it to the compiler.
         fuses: as launched with ``enable_fp_fusion``.
+        spared: capabilities that it is not launched at.
     """
 
     name: str
@@ -52,6 +54,7 @@ class AotCase:
     num_stages: int = 2
     max_registers: int | None = None
     fuses: bool = True
+    spared: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Usage:
     Attributes:
         registers, spill_bytes: of a thread; spills go to memory.
         shared_bytes, tensor_columns: of a block; tensor memory is Blackwell's, 512 columns a multiprocessor.
+        is_serial: each product of tensor cores is waited for before the next, by ptxas' choice (sm_90).
         error: why it does not compile, None if it does.
     """
 
@@ -73,6 +77,7 @@ class Usage:
     shared_bytes: int = 0
     spill_bytes: int = 0
     tensor_columns: int = 0
+    is_serial: bool = False
     error: str | None = None
 
     @property
@@ -84,9 +89,11 @@ class Usage:
             return f"spills {self.spill_bytes} bytes a thread"
         limit = SHARED_LIMIT[self.capability]
         if self.shared_bytes > limit:
-            return f"needs {self.shared_bytes} bytes of shared memory, sm_{self.capability} has {limit}"
+            return f"needs {self.shared_bytes} bytes of shared memory, for sm_{self.capability} it may be {limit}"
         if self.tensor_columns > _TENSOR_COLUMNS:
             return f"needs {self.tensor_columns} columns of tensor memory, there are {_TENSOR_COLUMNS}"
+        if self.is_serial:
+            return "waits for each product of tensor cores"
         return None
 
 
@@ -121,7 +128,9 @@ def measure(case: AotCase, capability: int) -> Usage:
         return Usage(*place, error=_first_line(error))
     used = _resources(compiled.asm["cubin"])
     columns = int(getattr(compiled.metadata, "tmem_size", None) or 0)
-    return Usage(*place, used["REG"], int(compiled.metadata.shared), used["STACK"] + used["LOCAL"], columns)
+    spilled = used["STACK"] + used["LOCAL"]
+    is_serial = "wgmma" in compiled.asm["ptx"] and _is_serial(compiled.asm["cubin"])
+    return Usage(*place, used["REG"], int(compiled.metadata.shared), spilled, columns, is_serial)
 
 
 def _source(case: AotCase) -> tuple[ASTSource, dict[str, Any]]:
@@ -154,14 +163,25 @@ def _first_line(error: Exception) -> str:
 
 def _resources(cubin: bytes) -> dict[str, int]:
     """Registers, stack and local bytes of the one kernel in a cubin; kernels keep nothing but spills on a stack."""
+    told = _dump(cubin, "--dump-resource-usage")
+    found = {name: pattern.search(told) for name, pattern in _USED.items()}
+    if not all(found.values()):
+        raise RuntimeError(f"cuobjdump must tell the registers of a kernel, got {told}")
+    return {name: int(match.group(1)) for name, match in found.items() if match}
+
+
+def _is_serial(cubin: bytes) -> bool:
+    """Whether asynchronous products begin one by one: they are issued in runs if ptxas could prove that they may be."""
+    code = _dump(cubin, "--dump-sass")
+    return code.count(" WARPGROUP.ARRIVE") >= code.count(" HGMMA")
+
+
+def _dump(cubin: bytes, what: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        done = subprocess.run(
-            [os.fspath(tool), "--dump-resource-usage", os.fspath(path)], capture_output=True, text=True, check=False
-        )
-    found = {name: pattern.search(done.stdout) for name, pattern in _USED.items()}
-    if done.returncode or not all(found.values()):
-        raise RuntimeError(f"cuobjdump must tell the registers of a kernel, got {done.stdout}{done.stderr}")
-    return {name: int(match.group(1)) for name, match in found.items() if match}
+        done = subprocess.run([os.fspath(tool), what, os.fspath(path)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"cuobjdump must read what ptxas wrote, got {done.stdout}{done.stderr}")
+    return done.stdout

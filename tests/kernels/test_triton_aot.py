@@ -27,9 +27,23 @@ def product(a, b, out, depth, SIZE: tl.constexpr):
         total += tl.dot(left, tl.trans(right))
     tl.store(out + row * SIZE + tl.arange(0, SIZE)[None, :], total)
 
-def case(size, **options):
+@triton.jit
+def chained(a, b, out, depth, SIZE: tl.constexpr):
+    row, column = tl.arange(0, SIZE)[:, None], tl.arange(0, 64)[None, :]
+    left = tl.load(a + row * 64 + column)
+    total = tl.zeros((SIZE, 64), tl.float32)
+    if depth % 128 > 0:
+        right = tl.load(b + row * 64 + column)
+        total = tl.dot(tl.dot(left, tl.trans(right)).to(right.dtype), right)
+    for first in range(0, depth, SIZE):
+        right = tl.load(b + (first + row) * 64 + column)
+        weights = tl.dot(left, tl.trans(right))
+        total = total * tl.sum(weights, 1)[:, None] + tl.dot(weights.to(right.dtype), right)
+    tl.store(out + row * 64 + column, total)
+
+def case(size, kernel=product, **options):
     types = {"a": "*bf16", "b": "*bf16", "out": "*fp32", "depth": "i32:16"}
-    return AotCase("planted", product, types, {"SIZE": size}, **options)
+    return AotCase("planted", kernel, types, {"SIZE": size}, **options)
 """
 
 
@@ -45,15 +59,16 @@ def run(code: str, folder: Path) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_measure_tells_spills_shared_memory_and_what_does_not_compile(tmp_path: Path) -> None:
+def test_measure_tells_what_must_not_ship(tmp_path: Path) -> None:
     (tmp_path / "planted.py").write_text(PLANTED)
     code = """
 import json
 from twilight_kernels._triton_aot import measure
-from planted import case
+from planted import chained, case
 found = {
     "good": measure(case(64), 80), "spilling": measure(case(128, max_registers=64), 80),
     "large": measure(case(128, num_stages=7), 80), "impossible": measure(case(128, max_registers=64), 90),
+    "flowing": measure(case(128), 90), "waiting": measure(case(128, chained), 90),
 }
 print(json.dumps({name: [usage.registers, usage.shared_bytes, usage.fault] for name, usage in found.items()}))
 """
@@ -63,7 +78,9 @@ print(json.dumps({name: [usage.registers, usage.shared_bytes, usage.fault] for n
     assert shared >= 2 * 64 * 64 * 2  # a tile of each operand
     assert fault is None
     assert found["spilling"][2].startswith("spills ")
-    assert found["large"][2] == f"needs {6 * 2 * 128 * 64 * 2} bytes of shared memory, sm_80 has {163 * 1024}"
+    assert found["large"][2] == f"needs {6 * 2 * 128 * 64 * 2} bytes of shared memory, for sm_80 it may be {99 * 1024}"
+    assert found["flowing"][2] is None
+    assert found["waiting"][2] == "waits for each product of tensor cores"
     assert "registers" in found["impossible"][2].lower() or "spills" in found["impossible"][2]  # as ptxas decides
 
 
@@ -91,7 +108,7 @@ def test_one_configuration_of_each_kernel_compiles_for_hopper(tmp_path: Path) ->
     code = """
 import json
 from twilight_kernels._triton_aot import cases, measure
-first = {case.kernel.__name__: case for case in reversed(cases())}
+first = {case.kernel.__name__: case for case in reversed(cases()) if 90 not in case.spared}
 print(json.dumps({case.name: measure(case, 90).fault for case in first.values()}))
 """
     faults = run(code, tmp_path)
