@@ -6,6 +6,7 @@ leave at once. Scratch would grow with the square of the context, so strips go i
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -13,16 +14,17 @@ import torch
 import triton
 from torch import Tensor
 
-from ._triton_aot import AotCase
+from ._triton_aot import CAPABILITIES, AotCase
 from ._triton_stripe_attend import attend_kernel, list_kernel
 from ._triton_stripe_mass import column_kernel, lse_kernel
 from ._triton_stripe_select import choose_kernel
-from ._triton_tiles import FUSED
+from ._triton_tiles import FUSED, LARGE_BLOCKS, has_large_blocks
 from .stripe_plan import StripePlan
 
 _SCRATCH_BYTES = 512 << 20
 _MASS_SPAN = 1024  # keys of a program of column_kernel
 _SPAN = 1024  # keys that listing and marking look at together
+_ALIGNED = 16  # rows of scratch begin at addresses that loads of several numbers take
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _REGISTERS = 255  # left to itself, ptxas spills a little to stay at 128
 # of products of float32 numbers: three products of the tensor cores, whose error is float32's own
@@ -42,23 +44,26 @@ def select_stripes(
     wave = _wave(strips, tasks, 8 * total)
     lines = tasks * wave * shape["CHUNKS"] * shape["HEADS"] * shape["SLOTS"]
     lse, base, kept = (query.new_empty(lines, dtype=torch.float32) for _ in range(3))
-    column = query.new_empty(tasks * wave * total, dtype=torch.float32)
+    lane = -(-total // _ALIGNED) * _ALIGNED
+    column = query.new_empty(tasks * wave * lane, dtype=torch.float32)
     listed = torch.empty_like(column, dtype=torch.int32)
     strides = (*query.stride()[:3], *keys.stride()[:3])
-    factor, options = scaling / math.log(2), _select_options(shape)
+    mass, choose = {**shape, "STRIPS": _strips_together(shape)}, _choose_shape(shape)
+    factor, options = scaling / math.log(2), _select_options(mass)
     with torch.cuda.device_of(query):
         for first in range(0, strips, wave):
             here = min(wave, strips - first)
-            lse_kernel[(here, tasks, shape["CHUNKS"])](
-                query, keys, padding, lse, base, *strides, first, rows, total, factor, **shape, **options
-            )
-            column_kernel[(triton.cdiv(total, _MASS_SPAN), here, tasks)](
-                query, keys, padding, lse, column, *strides, first, rows, total, factor, **shape, SPAN=_MASS_SPAN,
-                **options,
+            groups = (here + mass["STRIPS"] - 2) // mass["STRIPS"] + 1
+            places = *strides, first, here, rows, total
+            lse_kernel[(groups, tasks, mass["CHUNKS"])](
+                query, keys, padding, lse, base, *places, factor, **mass, **options
             )  # fmt: skip
+            column_kernel[(triton.cdiv(total, _MASS_SPAN), groups, tasks)](
+                query, keys, padding, lse, column, *places, lane, factor, **mass, SPAN=_MASS_SPAN, **options
+            )
             choose_kernel[(here, tasks)](
                 query, keys, padding, lse, base, column, listed, kept, mask, report, *strides, first, strips, rows,
-                total, factor, plan.alpha, plan.floor, **shape, SPAN=_SPAN, **options,
+                total, lane, factor, plan.alpha, plan.floor, **choose, **_select_options(choose),
             )  # fmt: skip
     return mask, report
 
@@ -72,7 +77,9 @@ def attend_stripes(
     (batch, heads, rows, dim), (kv_heads, total) = query.shape, keys.shape[1:3]
     value_dim, strips, tasks = values.shape[3], plan.max_strips(rows), batch * kv_heads
     out = query.new_zeros(batch, rows, heads, value_dim).transpose(1, 2)  # as models go on with it
-    shape = _attend_shape(dim, value_dim, query.dtype, heads // kv_heads, plan, kv_heads)
+    shape = _attend_shape(
+        dim, value_dim, query.dtype, heads // kv_heads, plan, kv_heads, is_large=has_large_blocks()
+    )  # fmt: skip
     wave = _wave(strips, tasks, 4 * total)
     listed = torch.empty(tasks * wave * total, dtype=torch.int32, device=query.device)
     lengths = torch.empty(tasks * wave, dtype=torch.int32, device=query.device)
@@ -117,8 +124,20 @@ def _select_shape(dim: int, dtype: torch.dtype, q_per_kv: int, plan: StripePlan,
     }  # fmt: skip
 
 
+def _strips_together(shape: dict[str, Any]) -> int:
+    """Strips whose sampled rows are one tile, so that keys are read once for all of them."""
+    lines = 64 if shape["PRECISION"] != "ieee" or shape["DIM"] > 128 else 128
+    return min(4, max(1, lines // int(shape["HEADS"] * shape["SLOTS"])))
+
+
+def _choose_shape(shape: dict[str, Any]) -> dict[str, Any]:
+    keys = shape["BLOCK_S"] if shape["CHUNKS"] == 1 else 32  # weighed by a chunk for each, they would spill
+    return {**shape, "BLOCK_S": keys, "SPAN": _SPAN}
+
+
 def _select_options(shape: dict[str, Any]) -> dict[str, int]:
-    is_narrow = shape["PRECISION"] == "ieee" and shape["HEADS"] * shape["SLOTS"] <= 64
+    lines = shape["HEADS"] * shape["SLOTS"] * shape.get("STRIPS", 1)
+    is_narrow = shape["PRECISION"] == "ieee" and lines <= 64
     return {"num_warps": 4 if is_narrow else 8, "num_stages": _stages(shape), "maxnreg": _REGISTERS, **FUSED}
 
 
@@ -131,15 +150,22 @@ def _list_shape(plan: StripePlan, kv_heads: int) -> dict[str, Any]:
 
 
 def _attend_shape(
-    dim: int, value_dim: int, dtype: torch.dtype, q_per_kv: int, plan: StripePlan, kv_heads: int
+    dim: int, value_dim: int, dtype: torch.dtype, q_per_kv: int, plan: StripePlan, kv_heads: int, *, is_large: bool
 ) -> dict[str, Any]:
-    widest, is_wide = max(dim, value_dim), dtype == torch.float32
-    rows = 64 if is_wide or widest > 128 or plan.strip % 128 else 128
+    """Constants of ``attend_kernel``; ``is_large`` as of ``has_large_blocks``."""
+    is_exact, is_wide = dtype == torch.float32, max(dim, value_dim) > 128
+    rows = 64 if is_exact or is_wide or plan.strip % 128 else 128
+    if is_exact:
+        tiles = 32, 16, 1
+    elif is_wide:
+        tiles = 32, 32, 5 if is_large else 3
+    else:
+        tiles = (128, 64, 5) if is_large else (64, 32, 5)
     return {
         "KV_HEADS": kv_heads, "Q_PER_KV": q_per_kv, "DIM": dim, "VALUE_DIM": value_dim, "STRIP": plan.strip,
-        "WINDOW": plan.window, "SINKS": plan.num_sinks, "BLOCK_T": rows,
-        "BLOCK_S": 32 if is_wide or widest > 128 else 64, "BLOCK_D": _block_dim(dim),
-        "BLOCK_V": _block_dim(value_dim), "PRECISION": _PRECISION[dtype],
+        "WINDOW": plan.window, "SINKS": plan.num_sinks, "BLOCK_T": rows, "BLOCK_S": tiles[0], "SLAB_S": tiles[1],
+        "LIST_STAGES": tiles[2], "BLOCK_D": _block_dim(dim), "BLOCK_V": _block_dim(value_dim),
+        "PRECISION": _PRECISION[dtype],
     }  # fmt: skip
 
 
@@ -164,13 +190,19 @@ def aot_cases() -> list[AotCase]:
     for dtype, dim, q_per_kv in shapes:
         about = f"{_NAMES[dtype]}, D {dim}, q_per_kv {q_per_kv}"
         select = _select_shape(dim, dtype, q_per_kv, plan, 8)
-        spans = {"lse": {}, "column": {"SPAN": _MASS_SPAN}, "choose": {"SPAN": _SPAN}}
-        kernels = {"lse": lse_kernel, "column": column_kernel, "choose": choose_kernel}
-        for name, kernel in kernels.items():
-            found.append(_case(f"{name}_stripes, {about}", kernel, dtype, {**select, **spans[name]},
-                               _select_options(select)))  # fmt: skip
-        attend = _attend_shape(dim, dim, dtype, q_per_kv, plan, 8)
-        found.append(_case(f"attend_stripes, {about}", attend_kernel, dtype, attend, _attend_options(attend)))
+        mass = {**select, "STRIPS": _strips_together(select)}
+        kernels = {
+            "lse": (lse_kernel, mass),
+            "column": (column_kernel, {**mass, "SPAN": _MASS_SPAN}),
+            "choose": (choose_kernel, _choose_shape(select)),
+        }
+        for name, (kernel, shape) in kernels.items():
+            found.append(_case(f"{name}_stripes, {about}", kernel, dtype, shape, _select_options(shape)))
+        for is_large in (False, True):
+            spared = tuple(chip for chip in CAPABILITIES if (chip in LARGE_BLOCKS) != is_large)
+            attend = _attend_shape(dim, dim, dtype, q_per_kv, plan, 8, is_large=is_large)
+            case = _case(f"attend_stripes, {about}", attend_kernel, dtype, attend, _attend_options(attend))
+            found.append(dataclasses.replace(case, spared=spared))
     found.append(_case("list_stripes", list_kernel, torch.bfloat16, _list_shape(plan, 8), {"num_warps": 4}))
     return found
 

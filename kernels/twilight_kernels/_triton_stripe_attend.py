@@ -45,10 +45,13 @@ def attend_kernel(
     query, keys, values, padding, listed, lengths, out, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch,
     v_head, v_row, o_batch, o_head, o_row, first_strip, rows, total, factor,
     KV_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, STRIP: tl.constexpr,
-    WINDOW: tl.constexpr, SINKS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, SINKS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, SLAB_S: tl.constexpr,
+    LIST_STAGES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attend ``BLOCK_T`` rows of one query head; heads that share keys and rows of a strip are neighbours."""
+    """Attend ``BLOCK_T`` rows of one query head; heads that share keys and rows of a strip are neighbours.
+
+    Three loops: whole tiles of the list, tiles of the slab that all rows see, and what is left of both, masked.
+    """
     head, part = tl.program_id(0) % Q_PER_KV, tl.program_id(0) // Q_PER_KV
     strip = tl.num_programs(1) - 1 - tl.program_id(1)  # the longest first
     task = tl.program_id(2).to(tl.int64)
@@ -73,21 +76,28 @@ def attend_kernel(
     top = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK_T,), tl.float32)
     total_out = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
-    for at in range(0, length, BLOCK_S):
-        entry = at + tl.arange(0, BLOCK_S)
-        key = tl.load(listed + entry, mask=entry < length, other=0)
-        found = load_rows(keys, key, entry < length, k_row, DIM, BLOCK_D)
-        logits = tl.dot(tile, tl.trans(found), input_precision=PRECISION) * factor
-        logits = tl.where((entry < length)[None, :], logits, float("-inf"))
-        what = load_rows(values, key, entry < length, v_row, VALUE_DIM, BLOCK_V)
-        top, mass, total_out = _fold(logits, what, top, mass, total_out, PRECISION)
-    for at in range(slab, end, BLOCK_S):
-        key = at + tl.arange(0, BLOCK_S)
-        found = load_rows(keys, key, key < end, k_row, DIM, BLOCK_D)
-        logits = tl.dot(tile, tl.trans(found), input_precision=PRECISION) * factor
-        logits = tl.where(key[None, :] <= position[:, None], logits, float("-inf"))
-        what = load_rows(values, key, key < end, v_row, VALUE_DIM, BLOCK_V)
-        top, mass, total_out = _fold(logits, what, top, mass, total_out, PRECISION)
+    listed_tiles = length // BLOCK_S * BLOCK_S
+    for at in tl.range(0, listed_tiles, BLOCK_S, num_stages=LIST_STAGES):
+        key = tl.load(listed + at + tl.arange(0, BLOCK_S))
+        top, mass, total_out = _fold(
+            tile, None, keys, values, key, None, k_row, v_row, factor, top, mass, total_out,
+            DIM, VALUE_DIM, BLOCK_D, BLOCK_V, PRECISION,
+        )  # fmt: skip
+    slab_tiles = slab + (tl.maximum(first, lowest) - slab) // SLAB_S * SLAB_S
+    for at in range(slab, slab_tiles, SLAB_S):
+        top, mass, total_out = _fold(
+            tile, None, keys, values, at + tl.arange(0, SLAB_S), None, k_row, v_row, factor, top, mass, total_out,
+            DIM, VALUE_DIM, BLOCK_D, BLOCK_V, PRECISION,
+        )  # fmt: skip
+    rest = tl.cdiv(length - listed_tiles, SLAB_S) * SLAB_S
+    for at in tl.range(0, rest + end - slab_tiles, SLAB_S, num_stages=2):
+        entry = listed_tiles + at + tl.arange(0, SLAB_S)
+        key = tl.load(listed + entry, mask=entry < length, other=total)
+        key = tl.where(at < rest, key, slab_tiles - rest + at + tl.arange(0, SLAB_S))
+        top, mass, total_out = _fold(
+            tile, position, keys, values, key, key < end, k_row, v_row, factor, top, mass, total_out,
+            DIM, VALUE_DIM, BLOCK_D, BLOCK_V, PRECISION,
+        )  # fmt: skip
     channel = tl.arange(0, BLOCK_V)
     out += b * o_batch + head * o_head
     to = out + index.to(tl.int64)[:, None] * o_row + channel[None, :]
@@ -96,11 +106,23 @@ def attend_kernel(
 
 
 @triton.jit
-def _fold(logits, what, top, mass, total, PRECISION: tl.constexpr):
-    """Take a tile of keys into the online softmax; each row has seen a key by the end of the first tile."""
+def _fold(
+    tile, position, keys, values, key, is_there, k_row, v_row, factor, top, mass, total,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Take a tile of keys into the online softmax; each row has seen a key by the end of the first tile.
+
+    Rows without a ``position`` see all of them; otherwise keys that are not there lie behind all positions.
+    """
+    found = load_rows(keys, key, is_there, k_row, DIM, BLOCK_D)
+    logits = tl.dot(tile, tl.trans(found), input_precision=PRECISION)
+    if position is not None:
+        logits = tl.where(key[None, :] <= position[:, None], logits, float("-inf"))
+    what = load_rows(values, key, is_there, v_row, VALUE_DIM, BLOCK_V)
     higher = tl.maximum(top, tl.max(logits, 1))
-    weights = tl.exp2(logits - higher[:, None])
-    shrink = tl.exp2(top - higher)
+    unit = higher * factor
+    weights = tl.exp2(logits * factor - unit[:, None])
+    shrink = tl.exp2(top * factor - unit)
     mass = mass * shrink + tl.sum(weights, 1)
     total = total * shrink[:, None] + tl.dot(weights.to(what.dtype), what, input_precision=PRECISION)
     return higher, mass, total

@@ -17,14 +17,15 @@ from ._triton_strips import load_rows, load_sampled, place_strip, place_stripes
 _LEVEL = tl.constexpr(1 << 21)  # a quarter of an octave, as in the definition
 _RETRIEVED = tl.constexpr(RETRIEVED)
 _GUESS = tl.constexpr(8)  # levels below what columns alone allow
-_STEP = tl.constexpr(16)  # levels that a guess is lowered by
+_STEP = tl.constexpr(4)  # levels that a guess is lowered by
+_ALIGNED = tl.constexpr(16)  # numbers that are loaded at once need such an address
 _NO_LIST = tl.constexpr(1 << 20)
 
 
 @triton.jit
 def choose_kernel(
     query, keys, padding, lse, base, column, listed, kept, mask, report, q_batch, q_head, q_row, k_batch, k_head,
-    k_row, first_strip, strips, rows, total, factor, alpha, floor,
+    k_row, first_strip, strips, rows, total, lane, factor, alpha, floor,
     KV_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, DIM: tl.constexpr, STRIP: tl.constexpr, SAMPLES: tl.constexpr,
     SLOTS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, HEADS: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, SPAN: tl.constexpr, PRECISION: tl.constexpr,
@@ -41,8 +42,8 @@ def choose_kernel(
     query += b * q_batch + k * Q_PER_KV * q_head
     keys += b * k_batch + k * k_head
     place = task * tl.num_programs(0) + strip
-    column += place * total
-    listed += place * total
+    column += place * lane
+    listed += place * lane
     line = place * (CHUNKS * HEADS * SLOTS) + tl.arange(0, CHUNKS * HEADS * SLOTS)
     is_row = tl.load(lse + line) < float("inf")
     count = tl.sum(is_row.to(tl.int32), 0)
@@ -114,16 +115,15 @@ def _weigh_listed(
 ):  # fmt: skip
     """Weigh the listed keys from ``at`` on.
 
-    Returns keys ``[S]``, which of them are there, their weights ``[HEADS, SLOTS, S]``, and those of a row, its heads
-    together, ``[SLOTS, S]``.
+    Returns keys ``[S]``, which of them are there, their weights ``[S, HEADS, SLOTS]``, and those of a row, its heads
+    together, ``[S, SLOTS]``.
     """
     entry = at + tl.arange(0, BLOCK_S)
     is_listed = entry < length
     key = tl.load(listed + entry, mask=is_listed, other=0)
-    found = load_rows(keys, key, is_listed, k_row, DIM, BLOCK_D)
-    weights = tl.where(is_listed[None, :], weigh(tile, found, whole, factor, PRECISION), 0.0)
-    weights = tl.reshape(weights, (HEADS, SLOTS, BLOCK_S))
-    own = tl.sum(weights, 0)
+    found = load_rows(keys, key, None, k_row, DIM, BLOCK_D)
+    weights = tl.reshape(weigh(tile, found, whole, factor, PRECISION), (BLOCK_S, HEADS, SLOTS))
+    own = tl.sum(weights, 1)
     if CHUNKS > 1:
         for other in range(CHUNKS):
             if other != chunk:
@@ -132,7 +132,7 @@ def _weigh_listed(
                     HEADS, BLOCK_D,
                 )  # fmt: skip
                 rest = weigh(more, found, tl.load(lse + lines + other * HEADS * SLOTS), factor, PRECISION)
-                own += tl.sum(tl.reshape(rest, (HEADS, SLOTS, BLOCK_S)), 0)
+                own += tl.sum(tl.reshape(rest, (BLOCK_S, HEADS, SLOTS)), 1)
     return key, is_listed, weights, own
 
 
@@ -148,16 +148,15 @@ def _keep(
         query, chunk, start, first, end, lead, q_row, q_head, Q_PER_KV, DIM, STRIP, SAMPLES, SLOTS, HEADS, BLOCK_D
     )
     whole = tl.load(lse + lines + chunk * HEADS * SLOTS)
-    kept = tl.zeros((HEADS * SLOTS,), tl.float32)
+    kept = tl.zeros((BLOCK_S, HEADS, SLOTS), tl.float32)
     for at in range(0, length, BLOCK_S):
-        _key, _is_listed, weights, own = _weigh_listed(
+        _key, is_listed, weights, own = _weigh_listed(
             query, keys, lse, listed, lines, tile, whole, chunk, at, start, first, end, lead, q_row, q_head, k_row,
             length, factor, Q_PER_KV, DIM, STRIP, SAMPLES, SLOTS, HEADS, CHUNKS, BLOCK_D, BLOCK_S, PRECISION,
         )  # fmt: skip
-        others = tl.sum(own, 0)[None, :] - tl.where(count > 1, own, 0.0)  # a lone row has no others
-        weights = tl.where((others >= bar)[None, :, :], weights, 0.0)
-        kept += tl.reshape(tl.sum(weights, 2), (HEADS * SLOTS,))
-    return kept
+        others = tl.sum(own, 1)[:, None] - tl.where(count > 1, own, 0.0)  # a lone row has no others
+        kept += tl.where(((others >= bar) & is_listed[:, None])[:, None, :], weights, 0.0)
+    return tl.reshape(tl.sum(kept, 0), (HEADS * SLOTS,))
 
 
 @triton.jit
@@ -172,15 +171,16 @@ def _retrievals(
         query, chunk, start, first, end, lead, q_row, q_head, Q_PER_KV, DIM, STRIP, SAMPLES, SLOTS, HEADS, BLOCK_D
     )
     whole = tl.load(lse + lines + chunk * HEADS * SLOTS)
-    best = tl.zeros((HEADS, SLOTS), tl.float32)
+    best = tl.zeros((BLOCK_S, HEADS, SLOTS), tl.float32)
     for at in range(0, length, BLOCK_S):
         key, is_listed, weights, own = _weigh_listed(
             query, keys, lse, listed, lines, tile, whole, chunk, at, start, first, end, lead, q_row, q_head, k_row,
             length, factor, Q_PER_KV, DIM, STRIP, SAMPLES, SLOTS, HEADS, CHUNKS, BLOCK_D, BLOCK_S, PRECISION,
         )  # fmt: skip
         mass = tl.load(column + key, mask=is_listed, other=float("inf"))
-        best = tl.maximum(best, tl.max(tl.where((own > 0.5 * mass[None, :])[None, :, :], weights, 0.0), 2))
-    return tl.sum(tl.sum((best >= _RETRIEVED).to(tl.int32), 1), 0)
+        best = tl.maximum(best, tl.where((own > 0.5 * mass[:, None])[:, None, :], weights, 0.0))
+    best_of_line = tl.reshape(tl.max(best, 0), (HEADS * SLOTS,))
+    return tl.sum((best_of_line >= _RETRIEVED).to(tl.int32), 0)
 
 
 @triton.jit
@@ -218,9 +218,8 @@ def _smallest(found, rank, SIZE: tl.constexpr):
 @triton.jit
 def _largest(column, low, high, SPAN: tl.constexpr):
     found = tl.zeros((SPAN,), tl.float32)
-    for at in range(low, high, SPAN):
-        key = at + tl.arange(0, SPAN)
-        found = tl.maximum(found, tl.load(column + key, mask=key < high, other=0.0))
+    for at in range(low // _ALIGNED * _ALIGNED, high, SPAN):
+        found = tl.maximum(found, _masses(column, at, low, high, SPAN))
     return tl.max(found, 0)
 
 
@@ -231,9 +230,8 @@ def _reach(column, low, high, needed, highest, SPAN: tl.constexpr):
     while above - below > 1:
         middle = (below + above) // 2
         bar, total = _bar(middle), tl.zeros((SPAN,), tl.float32)
-        for at in range(low, high, SPAN):
-            key = at + tl.arange(0, SPAN)
-            mass = tl.load(column + key, mask=key < high, other=0.0)
+        for at in range(low // _ALIGNED * _ALIGNED, high, SPAN):
+            mass = _masses(column, at, low, high, SPAN)
             total += tl.where(mass >= bar, mass, 0.0)
         is_enough = tl.sum(total, 0) >= needed
         below, above = tl.where(is_enough, middle, below), tl.where(is_enough, above, middle)
@@ -244,13 +242,20 @@ def _reach(column, low, high, needed, highest, SPAN: tl.constexpr):
 def _list(column, listed, low, high, bar, SPAN: tl.constexpr):
     """Write the keys whose column reaches ``bar``, in order; return how many."""
     length = low * 0
-    for at in range(low, high, SPAN):
+    for at in range(low // _ALIGNED * _ALIGNED, high, SPAN):
         key = at + tl.arange(0, SPAN)
-        is_in = (key < high) & (tl.load(column + key, mask=key < high, other=0.0) >= bar)
+        is_in = _masses(column, at, low, high, SPAN) >= bar
         place = length + tl.cumsum(is_in.to(tl.int32), 0) - 1
         tl.store(listed + place, key, mask=is_in)
         length += tl.sum(is_in.to(tl.int32), 0)
     return length
+
+
+@triton.jit
+def _masses(column, at, low, high, SPAN: tl.constexpr):
+    """Column masses of the keys from ``at`` on, and -2, which no bar is below, where a key is not in the range."""
+    key = at + tl.arange(0, SPAN)
+    return tl.load(column + key, mask=(key >= low) & (key < high), other=-2.0)
 
 
 @triton.jit

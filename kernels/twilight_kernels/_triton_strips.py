@@ -18,9 +18,28 @@ def place_strip(padding, b, n, rows, total, STRIP: tl.constexpr):
         last; there is no such strip if the last two are not in order.
     """
     pad = tl.load(padding + b)
-    begin = tl.maximum(total - rows, pad)
-    start = ((begin - pad) // STRIP + n) * STRIP + pad
-    return pad, start, tl.maximum(start, begin), tl.minimum(start + STRIP, total)
+    start = (first_number(pad, rows, total, STRIP) + n) * STRIP + pad
+    return pad, start, tl.maximum(start, total - rows), tl.minimum(start + STRIP, total)
+
+
+@triton.jit
+def first_number(pad, rows, total, STRIP: tl.constexpr):
+    """Strips of real tokens before the first that has query rows."""
+    return tl.maximum(total - rows - pad, 0) // STRIP
+
+
+@triton.jit
+def place_group(padding, b, group, first_strip, rows, total, STRIP: tl.constexpr, STRIPS: tl.constexpr):
+    """Say where group ``group`` of the strips from ``first_strip`` on is; which strips share one never changes.
+
+    Returns:
+        The padding, where the group begins, and how many strips after ``first_strip`` that is; below zero if the
+        group holds earlier ones too.
+    """
+    pad = tl.load(padding + b)
+    before = first_number(pad, rows, total, STRIP) + first_strip
+    number = (before // STRIPS + group) * STRIPS
+    return pad, number * STRIP + pad, number - before
 
 
 @triton.jit
@@ -34,15 +53,17 @@ def place_stripes(pad, first, WINDOW: tl.constexpr, SINKS: tl.constexpr):
 def load_sampled(
     query, chunk, start, first, end, lead, row_stride, head_stride,
     Q_PER_KV: tl.constexpr, DIM: tl.constexpr, STRIP: tl.constexpr, SAMPLES: tl.constexpr, SLOTS: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_D: tl.constexpr, STRIPS: tl.constexpr = 1,
 ):  # fmt: skip
-    """Load sampled rows of ``HEADS`` query heads, line ``head * SLOTS + slot``.
+    """Load sampled rows of ``HEADS`` query heads, line ``(strip * HEADS + head) * SLOTS + slot``.
+
+    ``start``, ``first``, ``end`` are those of the strip, or of each line's.
 
     Returns:
-        The rows ``[HEADS * SLOTS, BLOCK_D]``, their positions, and which of the lines are rows.
+        The rows ``[STRIPS * HEADS * SLOTS, BLOCK_D]``, their positions, and which of the lines are rows.
     """
-    line = tl.arange(0, HEADS * SLOTS)
-    slot, head = line % SLOTS, chunk * HEADS + line // SLOTS
+    line = tl.arange(0, STRIPS * HEADS * SLOTS)
+    slot, head = line % SLOTS, chunk * HEADS + line // SLOTS % HEADS
     every: tl.constexpr = STRIP // SAMPLES
     position = tl.minimum(start + (slot + 1) * every - 1, end - 1)
     is_row = (slot < SAMPLES) & (position >= first) & (start + slot * every < end) & (head < Q_PER_KV)
@@ -54,7 +75,18 @@ def load_sampled(
 
 @triton.jit
 def load_rows(tensor, index, is_there, stride, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Load rows ``index`` of ``tensor [S, DIM]``, zero where not ``is_there``."""
+    """Load rows ``index`` of ``tensor [S, DIM]``, zero where not ``is_there``; ``None`` says that all of them are."""
     channel = tl.arange(0, BLOCK_D)
     place = tensor + index.to(tl.int64)[:, None] * stride + channel[None, :]
-    return tl.load(place, mask=is_there[:, None] & (channel < DIM)[None, :], other=0.0)
+    if is_there is not None:
+        return tl.load(place, mask=is_there[:, None] & (channel < DIM)[None, :], other=0.0)
+    elif DIM < BLOCK_D:
+        return tl.load(place, mask=(channel < DIM)[None, :], other=0.0)
+    else:
+        return tl.load(place)
+
+
+@triton.jit
+def load_tile(tensor, at, stride, DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Load rows ``at .. at + BLOCK_S`` of ``tensor [S, DIM]``, all of which are there."""
+    return load_rows(tensor + at * stride.to(tl.int64), tl.arange(0, BLOCK_S), None, stride, DIM, BLOCK_D)

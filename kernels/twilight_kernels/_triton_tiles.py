@@ -26,6 +26,15 @@ QUERY = tl.constexpr(1024.0)  # unit of a query: times steps below 2 far from fl
 # Triton's interpreter multiplies the bits of bfloat16 matrices, not their numbers (3.6 and 3.9), and knows no assembly
 INTERPRETS = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
+LARGE_BLOCKS = (90, 100, 103)  # chips whose blocks may have 227 KB of shared memory; 80 has 163, most others 99
+
+
+def has_large_blocks() -> bool:
+    """Whether the current GPU is one of ``LARGE_BLOCKS``."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return False
+    return triton.runtime.driver.active.get_current_target().arch in LARGE_BLOCKS
+
 
 def power_of_two(count: int) -> int:
     """Return the least power of two that is ``count`` or more."""

@@ -26,7 +26,7 @@ def select_stripes(
         query: ``[B, H, T, D]`` model dtype: the last T of S positions.
         keys: ``[B, K, S, D]`` model dtype.
         plan: strips, samples, ``alpha``.
-        scaling: factor of the logits.
+        scaling: factor of the logits, above 0.
         padding: ``[B]`` int32, leading positions of each row that are padding.
     Returns:
         ``[B, K, N, ceil(S / 8)]`` uint8, a bit for each key (lowest first), sinks and window not among them,
@@ -35,10 +35,10 @@ def select_stripes(
         mass kept, its 5 % quantile, and the share of sampled rows that *retrieve*: one key, neither sink nor
         window, carries a quarter of their mass or more, and most of what the strip's sampled rows give it.
     Raises:
-        ValueError: shapes or dtypes that disagree.
+        ValueError: shapes or dtypes that disagree, ``scaling`` that is not above 0.
     Source: SampleAttention, section 4.2. Reference: ``_reference.select_stripes``.
     """
-    _check(query, keys, keys, padding)
+    _check(query, keys, keys, padding, scaling)
     found: tuple[Tensor, Tensor] = kernels("prefill", query, query.dtype).select_stripes(
         query, keys, plan, scaling=scaling, padding=padding
     )
@@ -55,16 +55,16 @@ def attend_stripes(
         keys, values: ``[B, K, S, D]``, ``[B, K, S, Dv]`` model dtype.
         mask: what ``select_stripes`` chose.
         plan: the same plan.
-        scaling: factor of the logits.
+        scaling: factor of the logits, above 0.
         padding: ``[B]`` int32, leading positions of each row that are padding.
     Returns:
         ``[B, H, T, Dv]`` in the query's dtype; zero in rows of padding. Where a CPU has matrix tiles, a product of
         float32 numbers is right to ``2 ** -16``: each is the sum of two bfloat16 numbers.
     Raises:
-        ValueError: shapes or dtypes that disagree.
+        ValueError: shapes or dtypes that disagree, ``scaling`` that is not above 0.
     Source: SampleAttention, section 4.3. Reference: ``_reference.attend_stripes``.
     """
-    _check(query, keys, values, padding)
+    _check(query, keys, values, padding, scaling)
     expected = (*keys.shape[:2], plan.max_strips(query.shape[2]), -(-keys.shape[2] // 8))
     if mask.shape != expected or mask.dtype != torch.uint8:
         raise ValueError(f"mask must be {list(expected)} uint8, got {list(mask.shape)} {mask.dtype}")
@@ -74,7 +74,7 @@ def attend_stripes(
     return out
 
 
-def _check(query: Tensor, keys: Tensor, values: Tensor, padding: Tensor) -> None:
+def _check(query: Tensor, keys: Tensor, values: Tensor, padding: Tensor, scaling: float) -> None:
     if query.dim() != 4 or keys.dim() != 4 or values.dim() != 4:
         raise ValueError(
             f"query, keys and values must be [B, H, T, D] and [B, K, S, D], got {list(query.shape)}, "
@@ -92,5 +92,7 @@ def _check(query: Tensor, keys: Tensor, values: Tensor, padding: Tensor) -> None
         raise ValueError(
             f"query, keys and values must be of one dtype, got {query.dtype}, {keys.dtype}, {values.dtype}"
         )
+    if not scaling > 0:
+        raise ValueError(f"scaling must be above 0, got {scaling}; pass D ** -0.5 = {dim**-0.5:.4g} as most models do")
     if padding.shape != (batch,) or padding.dtype != torch.int32:
         raise ValueError(f"padding must be [{batch}] int32, got {list(padding.shape)} {padding.dtype}")

@@ -165,17 +165,24 @@ def test_stripes_of_strips_of_an_odd_size(device: str) -> None:
     assert float((prompt.attend(mask, plan) - exact).abs().max()) <= prompt.rounding()
 
 
-def test_stripes_of_waves_are_those_of_one(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On GPUs strips share scratch in waves; how many go together must not matter."""
+def test_stripes_of_waves_and_chunks_are_those_of_one(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strips share what is read of the keys, and scratch; which of them are there together must not matter to a bit."""
     kernels = pytest.importorskip("twilight_kernels._triton_prefill")
-    prompt = make_prompt(device, batch=2, rows=400, total=400, pads=(0, 150))
+    prompt = make_prompt(gpu, heads=1, batch=2, rows=560, total=600, pads=(0, 70), dtype=torch.bfloat16)
     mask, report = prompt.select()
     out = prompt.attend(mask)
-    monkeypatch.setattr(kernels, "_SCRATCH_BYTES", 1)
-    again, told = prompt.select()
-    assert torch.equal(again, mask)
-    assert torch.equal(told, report)
-    assert torch.equal(prompt.attend(mask), out)
+    assert int((report[..., 0] > 0).sum()) > 6, "too few strips choose anything"
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "_SCRATCH_BYTES", 1)
+        again, told = prompt.select()
+        assert torch.equal(again, mask)
+        assert torch.equal(told, report)
+        assert torch.equal(prompt.attend(mask), out)
+    later = Prompt(prompt.query[:1, :, 344:], prompt.keys[:1], prompt.values[:1], prompt.padding[:1])  # from strip 3 on
+    own, told = later.select()
+    count = len(PLAN.strips(216, 600, 0))
+    assert torch.equal(own[:, :, :count], mask[:1, :, 3 : 3 + count])
+    assert torch.equal(told[:, :, :count], report[:1, :, 3 : 3 + count])
 
 
 def test_select_stripes_everything_at_alpha_one_is_dense_attention(device: str) -> None:
@@ -287,6 +294,8 @@ def test_attend_stripes_rejects_what_does_not_fit(device: str) -> None:
         dataclasses.replace(prompt, keys=prompt.keys.half()).select()
     with pytest.raises(ValueError, match=r"padding must be \[1\] int32"):
         dataclasses.replace(prompt, padding=prompt.padding.long()).select()
+    with pytest.raises(ValueError, match=r"scaling must be above 0, got -1.0; pass D \*\* -0.5 = 0.125"):
+        select_stripes(prompt.query, prompt.keys, PLAN, scaling=-1.0, padding=prompt.padding)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
