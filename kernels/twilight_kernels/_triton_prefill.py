@@ -77,15 +77,14 @@ def attend_stripes(
     (batch, heads, rows, dim), (kv_heads, total) = query.shape, keys.shape[1:3]
     value_dim, strips, tasks = values.shape[3], plan.max_strips(rows), batch * kv_heads
     out = query.new_zeros(batch, rows, heads, value_dim).transpose(1, 2)  # as models go on with it
-    shape = _attend_shape(
-        dim, value_dim, query.dtype, heads // kv_heads, plan, kv_heads, is_large=has_large_blocks()
-    )  # fmt: skip
     wave = _wave(strips, tasks, 4 * total)
     listed = torch.empty(tasks * wave * total, dtype=torch.int32, device=query.device)
     lengths = torch.empty(tasks * wave, dtype=torch.int32, device=query.device)
     places = [stride for x in (query, keys, values, out) for stride in x.stride()[:3]]
-    parts = plan.strip // shape["BLOCK_T"] * (heads // kv_heads)
     with torch.cuda.device_of(query):
+        is_large = has_large_blocks()
+        shape = _attend_shape(dim, value_dim, query.dtype, heads // kv_heads, plan, kv_heads, is_large=is_large)
+        parts = plan.strip // shape["BLOCK_T"] * (heads // kv_heads)
         for first in range(0, strips, wave):
             here = min(wave, strips - first)
             list_kernel[(here, tasks)](
