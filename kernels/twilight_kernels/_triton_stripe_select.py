@@ -17,6 +17,7 @@ from ._triton_strips import load_rows, load_sampled, place_strip, place_stripes
 _LEVEL = tl.constexpr(1 << 21)  # a quarter of an octave, as in the definition
 _RETRIEVED = tl.constexpr(RETRIEVED)
 _GUESS = tl.constexpr(8)  # levels below what columns alone allow
+_LIST_STAGES = tl.constexpr(5)  # of a loop over a list: its own load takes half of them
 _STEP = tl.constexpr(4)  # levels that a guess is lowered by
 _ALIGNED = tl.constexpr(16)  # numbers that are loaded at once need such an address
 _NO_LIST = tl.constexpr(1 << 20)
@@ -149,7 +150,7 @@ def _keep(
     )
     whole = tl.load(lse + lines + chunk * HEADS * SLOTS)
     kept = tl.zeros((BLOCK_S, HEADS, SLOTS), tl.float32)
-    for at in range(0, length, BLOCK_S):
+    for at in tl.range(0, length, BLOCK_S, num_stages=_LIST_STAGES):
         _key, is_listed, weights, own = _weigh_listed(
             query, keys, lse, listed, lines, tile, whole, chunk, at, start, first, end, lead, q_row, q_head, k_row,
             length, factor, Q_PER_KV, DIM, STRIP, SAMPLES, SLOTS, HEADS, CHUNKS, BLOCK_D, BLOCK_S, PRECISION,
@@ -172,7 +173,7 @@ def _retrievals(
     )
     whole = tl.load(lse + lines + chunk * HEADS * SLOTS)
     best = tl.zeros((BLOCK_S, HEADS, SLOTS), tl.float32)
-    for at in range(0, length, BLOCK_S):
+    for at in tl.range(0, length, BLOCK_S, num_stages=_LIST_STAGES):
         key, is_listed, weights, own = _weigh_listed(
             query, keys, lse, listed, lines, tile, whole, chunk, at, start, first, end, lead, q_row, q_head, k_row,
             length, factor, Q_PER_KV, DIM, STRIP, SAMPLES, SLOTS, HEADS, CHUNKS, BLOCK_D, BLOCK_S, PRECISION,
