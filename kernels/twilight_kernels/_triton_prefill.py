@@ -112,7 +112,7 @@ def _block_dim(dim: int) -> int:
 
 
 def _select_shape(dim: int, dtype: torch.dtype, q_per_kv: int, plan: StripePlan, kv_heads: int) -> dict[str, Any]:
-    lines = 64 if dtype == torch.float32 or dim > 128 else 128  # of a tile; more would spill
+    lines = _tile_lines(_PRECISION[dtype], dim)
     slots = triton.next_power_of_2(plan.samples)
     heads = min(triton.next_power_of_2(q_per_kv), max(1, lines // slots))
     return {
@@ -123,9 +123,14 @@ def _select_shape(dim: int, dtype: torch.dtype, q_per_kv: int, plan: StripePlan,
     }  # fmt: skip
 
 
+def _tile_lines(precision: str, dim: int) -> int:
+    """Sampled rows of a tile; more would spill."""
+    return 64 if precision != "ieee" or dim > 128 else 128
+
+
 def _strips_together(shape: dict[str, Any]) -> int:
     """Strips whose sampled rows are one tile, so that keys are read once for all of them."""
-    lines = 64 if shape["PRECISION"] != "ieee" or shape["DIM"] > 128 else 128
+    lines = _tile_lines(shape["PRECISION"], shape["DIM"])
     return min(4, max(1, lines // int(shape["HEADS"] * shape["SLOTS"])))
 
 

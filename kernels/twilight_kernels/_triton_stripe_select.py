@@ -254,7 +254,7 @@ def _list(column, listed, low, high, bar, SPAN: tl.constexpr):
 
 @triton.jit
 def _masses(column, at, low, high, SPAN: tl.constexpr):
-    """Column masses of the keys from ``at`` on, and -2, which no bar is below, where a key is not in the range."""
+    """Column masses of the keys from ``at`` on, and -2, below any bar, where a key is not in the range."""
     key = at + tl.arange(0, SPAN)
     return tl.load(column + key, mask=(key >= low) & (key < high), other=-2.0)
 

@@ -19,6 +19,7 @@ FEW_REGISTERS = 168  # of a thread, where they are enough: three blocks of four 
 FUSED = {"enable_fp_fusion": True}  # products with sums in one instruction; Triton 3.10 has to be asked for it
 SPLITS = 64  # parts of a row that different blocks of threads take
 LEAST_TOKENS = 256  # tokens that are worth a block of threads
+LARGE_BLOCKS = (90, 100, 103)  # chips whose blocks may have 227 KB of shared memory; 80 has 163, most others 99
 TILE_NUMBERS = 8192  # numbers of a tile of keys or values: 64 tokens of 128 channels
 
 QUERY = tl.constexpr(1024.0)  # unit of a query: times steps below 2 far from float16's limit, and its least number
@@ -26,14 +27,10 @@ QUERY = tl.constexpr(1024.0)  # unit of a query: times steps below 2 far from fl
 # Triton's interpreter multiplies the bits of bfloat16 matrices, not their numbers (3.6 and 3.9), and knows no assembly
 INTERPRETS = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
-LARGE_BLOCKS = (90, 100, 103)  # chips whose blocks may have 227 KB of shared memory; 80 has 163, most others 99
-
 
 def has_large_blocks() -> bool:
     """Whether the current GPU is one of ``LARGE_BLOCKS``."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return False
-    return triton.runtime.driver.active.get_current_target().arch in LARGE_BLOCKS
+    return not INTERPRETS.value and triton.runtime.driver.active.get_current_target().arch in LARGE_BLOCKS
 
 
 def power_of_two(count: int) -> int:
