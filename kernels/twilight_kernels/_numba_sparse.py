@@ -121,7 +121,8 @@ def attend_kept(value_kind, page_size, q_per_kv, value_dim, group_size, block, h
     list_rows(value_kind, page_size, value_dim, group_size, block, head, positions, 0, kept, ahead)
     for first in range(0, kept, BLOCK_TOKENS):
         count = min(BLOCK_TOKENS, kept - first)
-        rows[:BLOCK_TOKENS] = ahead
+        for i in range(BLOCK_TOKENS):  # not a slice: numba would compile what it says if lengths differed, for seconds
+            rows[i] = ahead[i]
         list_rows(
             value_kind, page_size, value_dim, group_size, block, head, positions, first + BLOCK_TOKENS, kept, ahead
         )

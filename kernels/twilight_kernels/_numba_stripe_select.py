@@ -275,6 +275,7 @@ def _keep(q_per_kv, samples, count, base, weights, sinks, mass, listed, reach, l
     )  # fmt: skip
     ordered, lanes = np.empty(q_per_kv * count, np.float32), kept.reshape(kept.size)
     for g in range(q_per_kv):
-        ordered[g * count : (g + 1) * count] = lanes[g * samples : g * samples + count]
+        for r in range(count):  # not a slice: numba would compile what it says if lengths differed, for seconds
+            ordered[g * count + r] = lanes[g * samples + r]
     ordered.sort()
     return ordered
