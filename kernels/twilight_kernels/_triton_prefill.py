@@ -24,7 +24,7 @@ from .stripe_plan import StripePlan
 _SCRATCH_BYTES = 512 << 20
 _MASS_SPAN = 1024  # keys of a program of column_kernel
 _SPAN = 1024  # keys that listing and marking look at together
-_ALIGNED = 16  # rows of scratch begin at addresses that loads of several numbers take
+_ALIGNED = 16  # numbers; threads take neighbours of scratch that begins at such addresses, so scans cost less
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _REGISTERS = 255  # left to itself, ptxas spills a little to stay at 128
 # of products of float32 numbers: three products of the tensor cores, whose error is float32's own

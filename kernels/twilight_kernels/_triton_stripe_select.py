@@ -19,7 +19,7 @@ _RETRIEVED = tl.constexpr(RETRIEVED)
 _GUESS = tl.constexpr(8)  # levels below what columns alone allow
 _LIST_STAGES = tl.constexpr(5)  # of a loop over a list: its own load takes half of them
 _STEP = tl.constexpr(4)  # levels that a guess is lowered by
-_ALIGNED = tl.constexpr(16)  # numbers that are loaded at once need such an address
+_ALIGNED = tl.constexpr(16)  # numbers; threads take neighbours from such addresses on, so scans cost less
 _NO_LIST = tl.constexpr(1 << 20)
 
 
